@@ -1,0 +1,176 @@
+"""Networks on disk: folders in the Hugging Face GPT-2 layout (config.json + model.safetensors) <-> our names.
+
+`transformers` loads these folders as they are. Only safetensors and JSON are read, never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lamina import files, model
+from lamina.errors import UserError
+from lamina.layout import Params
+from lamina.model import Spec
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+_BLOCK = {
+    "norm1": "ln_1",
+    "attn.o": "attn.c_proj",
+    "norm2": "ln_2",
+    "ffn.up": "mlp.c_fc",
+    "ffn.down": "mlp.c_proj",
+}
+_OUTER = {
+    "embed.tokens": "transformer.wte.weight",
+    "embed.positions": "transformer.wpe.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "norm.bias": "transformer.ln_f.bias",
+    "head.weight": "lm_head.weight",
+}
+
+
+def read_spec(folder: Path) -> Spec:
+    """The sizes of the network in `folder`, from config.json alone.
+
+    Raises:
+        UserError: The folder or the file is missing or unreadable, or the network is not one we can run.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"no network at {folder}: {CONFIG} is missing")
+    try:
+        config = json.loads(path.read_text())
+        wanted = {"model_type": "gpt2", "activation_function": "gelu_new"}
+        for key, value in wanted.items():
+            if config.get(key) != value:
+                raise UserError(f"{path}: {key} is {config.get(key)!r}; this version runs {value!r} only")
+        embed, heads = int(config["n_embd"]), int(config["n_head"])
+        return Spec(
+            blocks=int(config["n_layer"]),
+            embed=embed,
+            heads=heads,
+            head_dim=embed // heads,
+            ffn=int(config.get("n_inner") or 4 * embed),
+            vocab=int(config["vocab_size"]),
+            positions=int(config["n_positions"]),
+            norm_eps=float(config["layer_norm_epsilon"]),
+        )
+    except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
+        raise UserError(f"{path} is not a usable network config: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{path}: key {error} is missing") from error
+
+
+def load(folder: Path, spec: Spec | None = None) -> tuple[Spec, Params]:
+    """The network in `folder` as fp32 tensors under our names; a tied head becomes a copy of the embedding.
+
+    Raises:
+        UserError: A file is missing, truncated, not safetensors, or a tensor is missing, misshapen or not finite.
+    """
+    spec = spec or read_spec(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    try:
+        theirs = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error
+    theirs.setdefault("lm_head.weight", theirs.get("transformer.wte.weight", torch.empty(0)))
+    layout = model.layout(spec)
+    params: Params = {}
+    for name in layout.params:
+        tensor = _fetch(theirs, name, spec, path).float().reshape(layout.shape(name)).contiguous()
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: tensor for {name} holds values that are not finite")
+        params[name] = tensor
+    return spec, params
+
+
+def write(folder: Path, spec: Spec, params: Params, dtype: torch.dtype, extra: dict[str, Any]) -> None:
+    """Write the network, low-rank additions merged, as a Hugging Face folder; `extra` goes into config.json."""
+    spec, params = model.merged(spec, params)
+    theirs = {name: tensor.to(dtype).contiguous() for name, tensor in _theirs(spec, params)}
+    files.write(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_layer": spec.blocks,
+        "n_embd": spec.embed,
+        "n_head": spec.heads,
+        "n_inner": spec.ffn,
+        "vocab_size": spec.vocab,
+        "n_positions": spec.positions,
+        "layer_norm_epsilon": spec.norm_eps,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    files.write_json(folder / CONFIG, config | extra)
+
+
+def _fetch(theirs: dict[str, Tensor], name: str, spec: Spec, path: Path) -> Tensor:
+    """One of our tensors, still in their dtype, from their dictionary: un-fused and, in blocks, un-transposed."""
+    source, part = _source(name)
+    if source not in theirs:
+        raise UserError(f"{path}: tensor {source} is missing")
+    tensor = theirs[source]
+    if part is not None:
+        if tensor.shape[-1:] != (3 * spec.embed,):
+            raise UserError(f"{path}: {source} has shape {tuple(tensor.shape)}, not [..., {3 * spec.embed}]")
+        tensor = tensor.chunk(3, dim=-1)[part]
+    if tensor.dim() == 2 and ".h." in source:
+        tensor = tensor.T
+    wanted = model.layout(spec).shape(name)
+    if tensor.numel() != model.layout(spec).numel(name):
+        raise UserError(f"{path}: {source} has shape {tuple(theirs[source].shape)}; {name} needs {wanted}")
+    return tensor
+
+
+def _theirs(spec: Spec, params: Params) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors under their names: query, key and value fused, and weights of blocks stored [in, out]."""
+    fused: dict[str, list[Tensor]] = {}
+    for name in model.layout(spec).params:
+        source, part = _source(name)
+        tensor = params[name]
+        if ".h." in source:
+            rows = params[name.removesuffix("weight").removesuffix("bias") + "bias"].numel()
+            tensor = tensor.reshape(rows, -1).T if name.endswith("weight") and "norm" not in name else tensor.reshape(-1)
+        if part is None:
+            yield source, tensor
+        else:
+            fused.setdefault(source, []).append(tensor)
+    for source, tensors in fused.items():
+        yield source, torch.cat(tensors, dim=-1)
+
+
+def _source(name: str) -> tuple[str, int | None]:
+    """Their name of one of our tensors, and its place (0, 1, 2) when theirs is query, key and value in one."""
+    if name in _OUTER:
+        return _OUTER[name], None
+    _, block, *middle, end = name.split(".")
+    short = ".".join(middle)
+    if short in ("attn.q", "attn.k", "attn.v"):
+        return f"transformer.h.{block}.attn.c_attn.{end}", "qkv".index(short[-1])
+    return f"transformer.h.{block}.{_BLOCK[short]}.{end}", None
+
+
+def read_manifest(path: Path) -> Any:
+    """The JSON manifest in the header of a state file of ours.
+
+    Raises:
+        UserError: The file is truncated, or not such a file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["manifest"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is truncated or not a state of lamina ({error})") from error

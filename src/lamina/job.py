@@ -1,0 +1,148 @@
+"""What crosses between the server and a device, and how a device trains. All of it is plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from lamina.layout import Params
+from lamina.plan import Plan
+from lamina.turn import generator
+
+OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adamw": 2}
+
+
+@dataclass(frozen=True)
+class Local:
+    """How every device trains in a round: the `[local]` table.
+
+    Devices are stateless: the optimizer starts anew in every round.
+
+    Attributes:
+        optimizer: "sgd" or "adamw".
+        lr: Learning rate of the first round.
+        schedule: "constant", or "cosine": down to lr / 10 over the rounds of the run (Pfeiffer et al. 2023, SLT).
+        momentum: Of SGD.
+        weight_decay: Applied to what is trained, never to what is frozen.
+        batch_size: Sequences per step.
+        steps: Steps per round, running through the shard epoch after epoch with full batches; or, if 0,
+        epochs: passes over the shard, the last batch of each as small as it comes.
+        clip: Largest norm of the whole gradient; none if 0.
+    """
+
+    lr: float
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    schedule: Literal["constant", "cosine"] = "constant"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    steps: int = 0
+    epochs: int = 1
+    clip: float = 0.0
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+            ValueError: Naming the key, what was given and what is accepted.
+        """
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f'momentum goes with optimizer = "sgd", got {self.optimizer!r}')
+        for key in ("weight_decay", "clip", "steps"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        for key in ("batch_size", "epochs"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+
+    @property
+    def states(self) -> int:
+        """Optimizer states per trained element."""
+        return OPTIMIZER_STATES["momentum" if self.momentum else self.optimizer]
+
+    def round_steps(self, examples: int) -> int:
+        """Steps of one round on a shard of so many examples."""
+        return self.steps or self.epochs * math.ceil(examples / self.batch_size)
+
+    def round_lr(self, turn: Turn) -> float:
+        """Learning rate of a round."""
+        if self.schedule == "constant" or turn.rounds == 1:
+            return self.lr
+        done = turn.round / (turn.rounds - 1)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+
+    def batches(self, turn: Turn, examples: int) -> list[np.ndarray]:
+        """Rows of the shard for each step of a round: a new seeded shuffle per epoch."""
+        rng = turn.rng("batches")
+        if not self.steps:
+            epochs = [rng.permutation(examples) for _ in range(self.epochs)]
+            return [rows[i : i + self.batch_size] for rows in epochs for i in range(0, examples, self.batch_size)]
+        wanted = self.steps * self.batch_size
+        rows = np.concatenate([rng.permutation(examples) for _ in range(math.ceil(wanted / examples))])
+        return list(rows[:wanted].reshape(self.steps, self.batch_size))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One device in one round: the key of everything random.
+
+    Attributes:
+        seed: Of the run.
+        round: Index of the round.
+        rounds: Number of rounds of the run.
+        device: Stable index of the device; -1 for the server.
+    """
+
+    seed: int
+    round: int
+    rounds: int
+    device: int = -1
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """A generator that depends on (seed, round, device, purpose) alone."""
+        return generator(self.seed, self.round, self.device, purpose)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Server -> device: train this.
+
+    Attributes:
+        turn: Who and when.
+        plan: What to hold and train.
+        local: How.
+        arrays: The held tensors, at the shapes of the plan.
+    """
+
+    turn: Turn
+    plan: Plan
+    local: Local
+    arrays: Params
+
+
+@dataclass(frozen=True)
+class Update:
+    """Device -> server: what came out.
+
+    Attributes:
+        turn: Of the job.
+        arrays: New values of exactly the tensors the plan trains.
+        examples: Size of the device's shard.
+        steps: Optimizer steps taken.
+        loss: Mean training loss over the steps, in nats.
+    """
+
+    turn: Turn
+    arrays: Params
+    examples: int
+    steps: int
+    loss: float

@@ -1,0 +1,172 @@
+"""The slice algebra: which part of a network a device gets, cutting it out, and putting it back.
+
+The laws (tested in `tests/test_plan.py`):
+    identity   narrowing and merging without training changes nothing, bit for bit
+    FedAvg     when every device trains everything, the merge is the weighted mean
+    silence    no scalar outside `trains` x `keep` of some device moves, bit for bit
+    order      the result does not depend on the order in which updates arrive
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lamina.layout import Axis, Layout, Params
+
+Absent = Literal["keep", "skip"]
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The units kept of one axis: `count` of them from `start` on, wrapping around, or exactly `units`."""
+
+    count: int
+    start: int = 0
+    units: tuple[int, ...] | None = None
+
+    def indices(self, size: int) -> Tensor:
+        """Kept indices of an axis of `size`, int64 [count]."""
+        if self.units is not None:
+            return torch.tensor(self.units)
+        return (torch.arange(self.count) + self.start) % size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one device holds, trains and uploads in one round.
+
+    Attributes:
+        holds: Names of the tensors on the device.
+        trains: Those with gradients: exactly what is uploaded.
+        keep: Axes of which only some units are held; every tensor with that axis is cut alike.
+        label: For people: "last 3 of 12 blocks".
+    """
+
+    holds: frozenset[str]
+    trains: frozenset[str]
+    keep: Mapping[Axis, Keep] = field(default_factory=dict)
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a plan that trains what is not held."""
+        if missing := sorted(self.trains - self.holds):
+            raise ValueError(f"plan {self.label!r} trains tensors it does not hold: {', '.join(missing[:3])}")
+
+    def shape(self, layout: Layout, name: str) -> tuple[int, ...]:
+        """Shape of a tensor on the device."""
+        axes = layout.params[name].axes
+        return tuple(self.keep[axis].count if axis in self.keep else layout.sizes[axis] for axis in axes)
+
+    def index(self, layout: Layout, name: str) -> tuple[Tensor, ...] | None:
+        """Index tensors that select the device's part of a full tensor, or None when that is all of it."""
+        axes = layout.params[name].axes
+        if not any(axis in self.keep for axis in axes):
+            return None
+        whole = [Keep(layout.sizes[axis]) for axis in axes]
+        kept = [self.keep.get(axis, all_of) for axis, all_of in zip(axes, whole, strict=True)]
+        picks = [keep.indices(layout.sizes[axis]) for axis, keep in zip(axes, kept, strict=True)]
+        return tuple(
+            pick.reshape([-1 if i == j else 1 for j in range(len(axes))]) for i, pick in enumerate(picks)
+        )
+
+    def trained_blocks(self, layout: Layout) -> int:
+        """Number of blocks in which anything is trained: `t` in the papers."""
+        return len({layout.params[name].block for name in self.trains} - {None})
+
+    def first_trained(self, layout: Layout) -> int:
+        """Index of the lowest block the gradient must reach; 0 if the input side trains, `blocks` if only the head."""
+        rows = [layout.params[name] for name in self.trains]
+        if any(row.part == "embed" for row in rows):
+            return 0
+        return min((row.block for row in rows if row.block is not None), default=layout.blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` gives the same plan back."""
+        keep = {axis: [k.count, k.start, list(k.units) if k.units else None] for axis, k in self.keep.items()}
+        return {
+            "holds": sorted(self.holds),
+            "trains": sorted(self.trains),
+            "keep": keep,
+            "label": self.label,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """The plan written by `to_json`."""
+        keep = {
+            Axis(axis): Keep(count, start, tuple(units) if units else None)
+            for axis, (count, start, units) in data["keep"].items()
+        }
+        return Plan(frozenset(data["holds"]), frozenset(data["trains"]), keep, data["label"])
+
+
+def narrow(params: Params, layout: Layout, plan: Plan) -> Params:
+    """The device's tensors, cut out of the full ones, in layout order. Uncut tensors are shared, not copied."""
+    device: Params = {}
+    for name in layout.params:
+        if name in plan.holds:
+            index = plan.index(layout, name)
+            device[name] = params[name] if index is None else params[name][index]
+    return device
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one device says about the tensors it trained: their new values, and how much it counts."""
+
+    device: int
+    plan: Plan
+    arrays: Params
+    weight: float
+
+
+def merge(params: Params, layout: Layout, votes: Iterable[Vote], absent: Absent) -> Params:
+    """Overlap mean: each scalar becomes the weighted mean over the devices that trained it.
+
+    Devices that took part but did not train a scalar stay silent ("skip": W <- sum_{c in C_k} p_c W_c / sum_{c in C_k} p_c,
+    as in HeteroFL) or vote for the old value ("keep": the sum runs over all participants; Pfeiffer et al. 2023, CoCoFL,
+    Algorithm 2). Where nobody trained, nothing moves. Sums are float64 in ascending device order, so the order of
+    arrival cannot matter. FedAvg is the case in which all trained all.
+
+    Args:
+        params: The global tensors before the round.
+        layout: Their layout.
+        votes: One per device that took part.
+        absent: What a device that did not train a scalar says about it.
+
+    Returns:
+        New tensors where anything was trained; the others are the same objects as before.
+    """
+    ordered = sorted(votes, key=lambda vote: vote.device)
+    total = sum(vote.weight for vote in ordered)
+    after = dict(params)
+    for name in layout.params:
+        voters = [vote for vote in ordered if name in vote.plan.trains]
+        if voters:
+            after[name] = _mean(params[name], layout, name, voters, total if absent == "keep" else None)
+    return after
+
+
+def _mean(old: Tensor, layout: Layout, name: str, voters: list[Vote], total: float | None) -> Tensor:
+    """Mean of one tensor over its voters; with `total`, the weight that is missing there votes for `old`."""
+    sums = torch.zeros(old.shape, dtype=torch.float64)
+    weights = torch.zeros((), dtype=torch.float64)
+    for vote in voters:
+        index = vote.plan.index(layout, name)
+        value = vote.arrays[name].double() * vote.weight
+        if index is None:
+            sums += value
+            weights = weights + vote.weight
+        else:
+            weights = weights.expand(old.shape).clone()
+            sums[index] += value
+            weights[index] += vote.weight
+    if total is not None:
+        sums += old.double() * (total - weights)
+    mean = sums / (weights if total is None else total)
+    return torch.where(weights > 0, mean.to(old.dtype), old)

@@ -61,9 +61,7 @@ def pack(roles: Mapping[str, str]) -> bytes:
 
 def main() -> None:
     """Read SOURCE, write DEST and print what is in it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("dest", type=Path, metavar="DEST")
     arguments = parser.parse_args()

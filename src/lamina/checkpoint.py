@@ -44,11 +44,8 @@ def read_spec(folder: Path) -> Spec:
     Raises:
         UserError: The folder or the file is missing or unreadable, or the network is not one we can run.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"no network at {folder}: {CONFIG} is missing")
+    path, config = folder / CONFIG, _read_config(folder)
     try:
-        config = json.loads(path.read_text())
         wanted = {"model_type": "gpt2", "activation_function": "gelu_new"}
         for key, value in wanted.items():
             if config.get(key) != value:
@@ -64,10 +61,33 @@ def read_spec(folder: Path) -> Spec:
             positions=int(config["n_positions"]),
             norm_eps=float(config["layer_norm_epsilon"]),
         )
-    except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a usable network config: {error}") from error
     except KeyError as error:
         raise UserError(f"{path}: key {error} is missing") from error
+
+
+def read_alphabet(folder: Path) -> str | None:
+    """The symbols of a character-level network in the order of their ids, if config.json says.
+
+    Raises:
+        UserError: As `read_spec`.
+    """
+    alphabet = _read_config(folder).get("alphabet")
+    return None if alphabet is None else str(alphabet)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"no network at {folder}: {CONFIG} is missing")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return config
 
 
 def load(folder: Path, spec: Spec | None = None) -> tuple[Spec, Params]:
@@ -143,7 +163,9 @@ def _theirs(spec: Spec, params: Params) -> Iterator[tuple[str, Tensor]]:
         tensor = params[name]
         if ".h." in source:
             rows = params[name.removesuffix("weight").removesuffix("bias") + "bias"].numel()
-            tensor = tensor.reshape(rows, -1).T if name.endswith("weight") and "norm" not in name else tensor.reshape(-1)
+            tensor = (
+                tensor.reshape(rows, -1).T if name.endswith("weight") and "norm" not in name else tensor.reshape(-1)
+            )
         if part is None:
             yield source, tensor
         else:

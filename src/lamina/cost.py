@@ -4,9 +4,10 @@ The forward in `lamina.model` is run once more, on shapes instead of numbers: `L
 `model.Ops`, but each one writes down what its real counterpart keeps for the backward pass and how much it computes.
 Nothing is measured, no weights are needed, and a change of the model changes its price.
 
-Conventions: fp32; a multiply-add counts as two operations; only matrix products are counted, without what the fused
-attention kernel skips (the future) or recomputes (its scores, in backward). Memory is the sum over categories, an upper bound on
-the peak since gradients are born while activations die; `temporary` is the largest input plus output of one kernel.
+Conventions: fp32; a multiply-add counts as two operations; only matrix products are counted, and
+attention as the plain formula has it, whatever the fused kernel skips (the future) or recomputes (scores, in backward).
+Memory is the sum over categories, an upper bound on the peak since gradients are born while activations die;
+`temporary` is the largest input plus output of one kernel.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ class Ledger(Ops):
         self._save(Shape((1,), False))
         return self._note(self._out((1,), logits_BSV), logits_BSV, logits_BSV)
 
-    def _out(self, shape: Sequence[int], *sources: Tensor) -> Tensor:
+    def _out(self, shape: Sequence[int], *sources: Tensor | Shape) -> Tensor:
         return cast(Tensor, Shape(shape, any(_shape(source).grad for source in sources)))
 
     def _save(self, kept: Tensor | Shape, size: int = FLOAT_BYTES) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lamina.errors import UserError
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -34,3 +40,34 @@ def write(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by indented JSON; NaN and infinity are refused, as JSON has neither."""
     write(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in `folder`; the system lets go of the lock when the process ends.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            raise UserError(f"another process is working in {folder}") from error
+        yield
+
+
+def _lock(handle: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

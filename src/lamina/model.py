@@ -99,9 +99,7 @@ def _norm(name: str, block: int | None) -> dict[str, Param]:
     return {f"{name}.{end}": Param((Axis("embed"),), "norm", block) for end in ("weight", "bias")}
 
 
-def _linear(
-    spec: Spec, block: int, short: str, out: tuple[Axis, ...], into: tuple[Axis, ...]
-) -> dict[str, Param]:
+def _linear(spec: Spec, block: int, short: str, out: tuple[Axis, ...], into: tuple[Axis, ...]) -> dict[str, Param]:
     name = f"h.{block}.{short}"
     part: Part = "attn" if short.startswith("attn") else "ffn"
     rows = {f"{name}.weight": Param(out + into, part, block), f"{name}.bias": Param(out, part, block)}
@@ -115,8 +113,8 @@ def _linear(
 def init(spec: Spec, generator: torch.Generator) -> Params:
     """Fresh weights: normal(0.02) as GPT-2, residual outputs scaled by 1/sqrt(2 blocks), norms at identity.
 
-    LoRA's A is uniform within 1/sqrt(inputs), which is what Kaiming with a = sqrt(5) gives, and B is zero (Hu et al. 2022,
-    `loralib`), so an adapted network starts as the network itself.
+    LoRA's A is uniform within 1/sqrt(inputs), which is what Kaiming with a = sqrt(5) gives, and B is zero (the code of
+    Hu et al. 2022), so an adapted network starts as the network itself.
     """
     shape = layout(spec)
     params: Params = {}
@@ -148,7 +146,7 @@ class Ops:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b over the last dimension."""
+        """X W^T + b over the last dimension."""
         return F.linear(x, weight, bias)
 
     def gelu(self, x: Tensor) -> Tensor:
@@ -157,12 +155,12 @@ class Ops:
 
     def attention(self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int) -> Tensor:
         """Causal softmax attention on heads laid side by side, E = H K; fused, so no S x S matrix is stored."""
-        q_BHSK, k_BHSK, v_BHSK = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BSE, k_BSE, v_BSE))
+        q_BHSK, k_BHSK, v_BHSK = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q_BSE, k_BSE, v_BSE))
         out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=True)
         return out_BHSK.transpose(1, 2).flatten(2)
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
-        """x + scale * y."""
+        """X + scale * y."""
         return torch.add(x, y, alpha=scale)
 
     def cross_entropy(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Plan:
         holds: Names of the tensors on the device.
         trains: Those with gradients: exactly what is uploaded.
         keep: Axes of which only some units are held; every tensor with that axis is cut alike.
-        label: For people: "last 3 of 12 blocks".
+        label: For people: "last 3 of 12".
     """
 
     holds: frozenset[str]
@@ -70,9 +70,7 @@ class Plan:
         whole = [Keep(layout.sizes[axis]) for axis in axes]
         kept = [self.keep.get(axis, all_of) for axis, all_of in zip(axes, whole, strict=True)]
         picks = [keep.indices(layout.sizes[axis]) for axis, keep in zip(axes, kept, strict=True)]
-        return tuple(
-            pick.reshape([-1 if i == j else 1 for j in range(len(axes))]) for i, pick in enumerate(picks)
-        )
+        return tuple(pick.reshape([-1 if i == j else 1 for j in range(len(axes))]) for i, pick in enumerate(picks))
 
     def trained_blocks(self, layout: Layout) -> int:
         """Number of blocks in which anything is trained: `t` in the papers."""
@@ -128,8 +126,8 @@ class Vote:
 def merge(params: Params, layout: Layout, votes: Iterable[Vote], absent: Absent) -> Params:
     """Overlap mean: each scalar becomes the weighted mean over the devices that trained it.
 
-    Devices that took part but did not train a scalar stay silent ("skip": W <- sum_{c in C_k} p_c W_c / sum_{c in C_k} p_c,
-    as in HeteroFL) or vote for the old value ("keep": the sum runs over all participants; Pfeiffer et al. 2023, CoCoFL,
+    Devices that took part but did not train a scalar stay silent ("skip", as in HeteroFL: the mean is over those that
+    trained it) or vote for the old value ("keep": the mean is over all participants; Pfeiffer et al. 2023, CoCoFL,
     Algorithm 2). Where nobody trained, nothing moves. Sums are float64 in ascending device order, so the order of
     arrival cannot matter. FedAvg is the case in which all trained all.
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -75,8 +75,6 @@ class Pretrain:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: int = 250
     seed: int = 0
-
-    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
     def __post_init__(self) -> None:
         """Check what types alone cannot.
@@ -155,7 +153,7 @@ def grow(params: Params, blocks: int, target: int) -> Params:
         is_copy = new > 0 and at_old[new - 1] == old
         for name, tensor in params.items():
             if name.startswith(f"h.{old}."):
-                silent = is_copy and ".attn.o." in name or is_copy and ".ffn.down." in name
+                silent = is_copy and (".attn.o." in name or ".ffn.down." in name)
                 target_name = f"h.{new}." + name.split(".", 2)[2]
                 deeper[target_name] = torch.zeros_like(tensor) if silent else tensor.clone()
     return deeper
@@ -173,7 +171,12 @@ def _text(job: Pretrain) -> tuple[np.ndarray, str]:
 
 
 def _train_depth(
-    job: Pretrain, index: int, folder: Path, train_ids: np.ndarray, val_ids: np.ndarray, recipe: dict[str, object]
+    job: Pretrain,
+    index: int,
+    folder: Path,
+    train_ids: np.ndarray,
+    val_ids: np.ndarray,
+    recipe: dict[str, object],
 ) -> Iterator[Progress]:
     depth, steps = job.depths[index], job.steps[index]
     device = _device(job.device)
@@ -248,7 +251,7 @@ def _start(job: Pretrain, index: int, folder: Path) -> Params:
 
 
 def _optimizer(params: Params, weight_decay: float) -> torch.optim.AdamW:
-    decays = {name: name.endswith("weight") and "norm" not in name or "embed" in name for name in params}
+    decays = {name: "embed" in name or (name.endswith("weight") and "norm" not in name) for name in params}
     matrices = [p for name, p in params.items() if decays[name]]
     vectors = [p for name, p in params.items() if not decays[name]]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -256,7 +259,12 @@ def _optimizer(params: Params, weight_decay: float) -> torch.optim.AdamW:
 
 
 def _save_state(
-    folder: Path, params: Params, optimizer: torch.optim.AdamW, step: int, curve: list[dict[str, object]], recipe: object
+    folder: Path,
+    params: Params,
+    optimizer: torch.optim.AdamW,
+    step: int,
+    curve: list[dict[str, object]],
+    recipe: object,
 ) -> None:
     tensors = {name: p.detach() for name, p in params.items()}
     for name, p in params.items():

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from lamina.data import split
+from lamina.data.task import Task
 from lamina.data.text import ALPHABET, decode_utf8, encode, normalise, read_bytes
 from lamina.errors import UserError
 from lamina.turn import generator
@@ -28,11 +29,11 @@ POOLED_DEVICES = 100  # devices of a split that pools the roles, as in CoCoFL (P
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class Windows:
     """The windows of one device, a view into a stream of characters.
 
     Attributes:
-        ids: The stream, uint8 [characters]; the same array in every shard of a task.
+        ids: The stream, uint8 [characters]; the same array for every device of a task.
         starts: First character of each window, int64 [windows].
         window: Characters of a window; the target of the last one is the character after the window.
     """
@@ -60,28 +61,6 @@ class Shard:
         places = self.starts[rows][:, None] + np.arange(self.window + 1)
         characters = self.ids[places].astype(np.int64)
         return characters[:, :-1], characters[:, 1:]
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What the rest of lamina sees of a data set.
-
-    Attributes:
-        train: Training windows of each device.
-        test: Test windows of each device.
-        names: Name of each device: its role, or "device 7".
-        scored: Positions at the end of a test window that count for the accuracy.
-    """
-
-    train: Sequence[Shard]
-    test: Sequence[Shard]
-    names: Sequence[str]
-    scored: int
-
-    @property
-    def devices(self) -> int:
-        """Number of devices."""
-        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -189,8 +168,8 @@ class Shakespeare:
             names = [f"device {device}" for device in range(len(train))]
         ids = encode("".join(roles.values()))
         return Task(
-            train=tuple(Shard(ids, starts, self.window) for starts in train),
-            test=tuple(Shard(ids, starts, self.window) for starts in test),
+            train=tuple(Windows(ids, starts, self.window) for starts in train),
+            test=tuple(Windows(ids, starts, self.window) for starts in test),
             names=tuple(names),
             scored=self.scored,
         )
@@ -219,9 +198,7 @@ class Shakespeare:
         if self.devices is None:
             return roles
         if self.devices > len(roles):
-            raise UserError(
-                f"task.devices must be at most {len(roles)}, the roles there are; got {self.devices}"
-            )
+            raise UserError(f"task.devices must be at most {len(roles)}, the roles there are; got {self.devices}")
         rows = generator(seed, "task", "roles").choice(len(roles), self.devices, replace=False)
         names = list(roles)
         return {names[row]: roles[names[row]] for row in sorted(rows)}
@@ -264,9 +241,7 @@ class Shakespeare:
         pool, test_pool = np.concatenate(train), np.concatenate(test)
         return [pool[part] for part in parts], [test_pool[part] for part in test_parts]
 
-    def _parts(
-        self, labels: np.ndarray, seed: int, purpose: str, groups: Sequence[int] | None
-    ) -> list[np.ndarray]:
+    def _parts(self, labels: np.ndarray, seed: int, purpose: str, groups: Sequence[int] | None) -> list[np.ndarray]:
         """Rows of each device among the windows of roles `labels`; all purposes use the same shares."""
         devices, rng = self.device_count(), generator(seed, "task", purpose)
         if self.split == "iid":
@@ -276,16 +251,13 @@ class Shakespeare:
         if groups is None or len(groups) != devices or min(groups) < 0:
             got = "none" if groups is None else f"{len(groups)}, the smallest {min(groups, default=None)}"
             raise UserError(
-                f'task.split = "resource" needs the resource class, from 0, of each of the {devices} devices;'
-                f" got {got}"
+                f'task.split = "resource" needs the resource class, from 0, of each of the {devices} devices; got {got}'
             )
         return split.resource_correlated(labels, groups, self._shares(labels, max(groups) + 1, seed), rng)
 
     def _shares(self, labels: np.ndarray, columns: int, seed: int) -> np.ndarray:
         """Share of each role per device or resource class, float64 [roles, columns]."""
-        return split.proportions(
-            int(labels.max()) + 1, columns, self.alpha, generator(seed, "task", "shares")
-        )
+        return split.proportions(int(labels.max()) + 1, columns, self.alpha, generator(seed, "task", "shares"))
 
 
 def read_roles(path: str | Path) -> dict[str, str]:

@@ -1,0 +1,180 @@
+"""The command line: a few verbs, a TOML file each, `--set key=value` for single settings, `--json` for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from lamina import files
+from lamina.errors import UserError
+
+if TYPE_CHECKING:
+    from lamina.view import View
+
+app = typer.Typer(
+    help="Federated finetuning of small pretrained Transformers under device budgets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+File = Annotated[Path, typer.Argument(help="TOML file.", show_default=False)]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: local.lr=0.001.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+NOTHING: list[str] = []
+
+
+@app.command()
+def run(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of the experiment.", show_default=False)] = None,
+    overrides: Set = NOTHING,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    out: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Run an experiment: plan, train round by round, report."""
+    if (file is None) == (resume is None) or (resume and overrides):
+        raise UserError("lamina run takes a TOML file, or --resume FOLDER alone")
+    from lamina import config, tables
+    from lamina import run as runs
+    from lamina.view import View
+
+    view = View(quiet=as_json)
+    if resume:
+        current = runs.resume(resume)
+        for change in runs.changes_since(resume):
+            view.say(f"warning: {change}; the result may differ in its last bits from that of an unbroken run")
+    else:
+        assert file is not None
+        current = runs.start(config.load_experiment(file, overrides), out)
+    for table in (
+        tables.networks(current.outlook.network_json()),
+        tables.classes(current.outlook.classes_json()),
+    ):
+        view.table(table)
+    view.say(f"run folder {current.folder}")
+    try:
+        summary = _play(current, view)
+    except KeyboardInterrupt:
+        view.say(f"stopped; go on with: lamina run --resume {current.folder}")
+        raise typer.Exit(130) from None
+    if as_json:
+        _print_json(summary)
+        return
+    for table in (tables.accuracy(summary), tables.totals(summary)):
+        view.table(table)
+    view.say(f"report {current.folder / 'report.md'}, network {current.folder / 'model'}")
+
+
+def _play(current: Any, view: View) -> dict[str, Any]:
+    experiment = current.experiment
+    with files.lock(current.folder), view.rounds(current.state.round, experiment.rounds) as live:
+        classes = [group.name for group in current.outlook.groups]
+        summary: dict[str, Any] = current.play(
+            on_round=lambda row, devices: live.round(row, devices, classes), on_progress=live.progress
+        )
+    return summary
+
+
+@app.command()
+def plan(file: File, overrides: Set = NOTHING, as_json: Json = False) -> None:
+    """Show which network is chosen and what every device class trains; trains nothing."""
+    from lamina import config, tables
+    from lamina.experiment import look_ahead
+    from lamina.view import View
+
+    outlook = look_ahead(config.load_experiment(file, overrides))
+    result = {
+        "schema": "lamina.plan/1",
+        "network": outlook.network_json(),
+        "classes": outlook.classes_json(),
+    }
+    if as_json:
+        _print_json(result)
+        return
+    view = View()
+    for table in (
+        tables.networks(outlook.network_json()),
+        tables.classes(outlook.classes_json()),
+        tables.memory(outlook.classes_json()),
+    ):
+        view.table(table)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods, their sources and their settings."""
+    from lamina.methods import METHODS
+    from lamina.tables import Table
+    from lamina.view import View
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "group": cls.group,
+            "summary": (cls.__doc__ or "").strip().splitlines()[0],
+            "source": cls.source,
+            "fields": {
+                f.name: {"accepts": _readable(hints[f.name]), "default": f.default} for f in dataclasses.fields(cls)
+            },
+        }
+        for name, cls in METHODS.items()
+        if (hints := get_type_hints(cls))
+    ]
+    if as_json:
+        _print_json({"schema": "lamina.methods/1", "methods": rows})
+        return
+    view = View()
+    for row in rows:
+        fields = [(key, each["accepts"], json.dumps(each["default"])) for key, each in row["fields"].items()]
+        title = f"{row['name']} ({row['group']}; {row['source']})\n{row['summary']}"
+        view.table(Table(title, ("field", "accepts", "default"), fields, left=3))
+
+
+@app.command()
+def pretrain(file: File, overrides: Set = NOTHING, as_json: Json = False) -> None:
+    """Pretrain one network per depth from plain text; the same command goes on after a stop."""
+    from lamina import config
+    from lamina.pretrain import pretrain as train
+    from lamina.view import View
+
+    view = View(quiet=as_json)
+    job = config.load_pretrain(file, overrides)
+    try:
+        with view.pretraining(job) as live:
+            for point in train(job):
+                live(point)
+                if as_json:
+                    print(json.dumps({"schema": "lamina.pretrain/1"} | dataclasses.asdict(point)), flush=True)
+    except KeyboardInterrupt:
+        view.say("stopped; the same command goes on from the last checkpoint")
+        raise typer.Exit(130) from None
+    view.say(f"networks in {job.out}: {', '.join(f'{job.name}-{depth}' for depth in job.depths)}")
+
+
+def _readable(hint: Any) -> str:
+    """A type as a list of what is accepted: "skip" | "keep", or int."""
+    if get_origin(hint) is Literal:
+        return " | ".join(map(json.dumps, get_args(hint)))
+    return " | ".join(map(_readable, get_args(hint))) or hint.__name__
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def main() -> None:
+    """Entry point: bad input gives one line on standard error and exit code 2."""
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

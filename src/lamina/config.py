@@ -1,0 +1,232 @@
+"""TOML -> frozen dataclasses, strictly. Errors name the file, the key, what is accepted and the nearest name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from lamina.data import TASKS
+from lamina.data.shakespeare import Shakespeare
+from lamina.errors import UserError
+from lamina.fleet import DeviceClass
+from lamina.job import Local
+from lamina.methods import METHODS, Method
+from lamina.pretrain import Pretrain
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: what a TOML file says, with every default filled in.
+
+    Attributes:
+        name: Of the run; the run folder starts with it.
+        seed: Of everything random.
+        rounds: Federated rounds.
+        cohort: Devices per round, drawn without replacement.
+        eval_every: Rounds between evaluations; 0 evaluates only before the first and after the last.
+        workers: Simulated devices computed at a time; 0 takes one per core. Changes no result.
+        networks: Candidate networks: names of the package's, or folders.
+        task: The `[task]` table.
+        method: The `[method]` table.
+        local: The `[local]` table.
+        fleet: The `[[fleet]]` tables.
+    """
+
+    name: str
+    rounds: int
+    cohort: int
+    networks: tuple[str, ...]
+    seed: int = 0
+    eval_every: int = 0
+    workers: int = 0
+    task: Shakespeare = field(default_factory=Shakespeare)
+    method: Method = field(default_factory=METHODS["caff"])
+    local: Local = field(default_factory=lambda: Local(lr=1e-3))
+    fleet: tuple[DeviceClass, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check what types alone cannot.
+
+        Raises:
+            ValueError: Naming the key, what was given and what is accepted.
+        """
+        if not self.name or any(letter in self.name for letter in "/\\\0"):
+            raise ValueError(f"name must be a plain file name, got {self.name!r}")
+        for key in ("rounds", "cohort"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("eval_every", "workers", "seed"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        if not self.networks:
+            raise ValueError("networks must name at least one network")
+        names = [each.name for each in self.fleet]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"[[fleet]] needs at least one class, each with a name of its own; got {names}")
+
+    def to_table(self) -> dict[str, Any]:
+        """The TOML tables that make this experiment."""
+        table = dataclasses.asdict(self)
+        table["task"] = {"name": _name_of(TASKS, self.task)} | table["task"]
+        table["method"] = {"name": _name_of(METHODS, self.method)} | table["method"]
+        return table
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in a TOML file, after `key.sub=value` overrides.
+
+    Raises:
+        UserError: The file is missing or not TOML, or a key or value is not accepted.
+    """
+    return experiment(_read(path, overrides), str(path))
+
+
+def experiment(table: Mapping[str, Any], where: str) -> Experiment:
+    """The experiment a table describes; `where` names its origin in errors.
+
+    Raises:
+        UserError: A key or value is not accepted.
+    """
+    table = dict(table)
+    _check_keys(Experiment, table, where)
+    parts: dict[str, Any] = {}
+    parts["task"] = _build_named(TASKS, table.pop("task", {"name": "shakespeare"}), f"{where}: [task]")
+    parts["method"] = _build_named(METHODS, table.pop("method", {"name": "caff"}), f"{where}: [method]")
+    parts["local"] = _build(Local, table.pop("local", {}), f"{where}: [local]")
+    fleet = table.pop("fleet", [])
+    if not isinstance(fleet, list | tuple):
+        raise UserError(f"{where}: fleet must be written as [[fleet]] tables, one per device class")
+    parts["fleet"] = tuple(_build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(fleet, 1))
+    return _build(Experiment, table, where, parts)
+
+
+def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Pretrain:
+    """The pretraining job in a TOML file; relative paths in it are relative to the working folder.
+
+    Raises:
+        UserError: As `load_experiment`.
+    """
+    return _build(Pretrain, _read(path, overrides), str(path))
+
+
+def dump(table: Mapping[str, Any]) -> str:
+    """TOML text of tables as `Experiment.to_table` gives them; None is left out."""
+    lines, tables = [], []
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            tables.append((f"[{key}]", value))
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            tables += [(f"[[{key}]]", each) for each in value]
+        elif value is not None:
+            lines.append(f"{key} = {_toml(value)}")
+    for head, content in tables:
+        lines += ["", head, dump(content).rstrip("\n")]
+    return "\n".join(lines) + "\n"
+
+
+def nearest(given: str, accepted: Iterable[str]) -> str:
+    """A hint at the accepted name nearest to what was given, then the list of all."""
+    accepted = list(accepted)
+    close = difflib.get_close_matches(given, accepted, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}accepted: {', '.join(accepted)}"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [each.name for each in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=1)
+        raise UserError(f"{path} is not a file" + (f"; did you mean {path.with_name(close[0])}?" if close else ""))
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    """Set `a.b=value`; the value is TOML, or else a plain string. Fleet classes go by name: fleet.weak.memory."""
+    key, separator, value = text.partition("=")
+    *path, last = key.strip().split(".")
+    if not separator or not last:
+        raise UserError(f"--set takes key=value, such as local.lr=0.001; got {text!r}")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    target: Any = table
+    for step in path:
+        if isinstance(target, list):
+            named = {each.get("name"): each for each in target}
+            if step not in named:
+                raise UserError(f"--set {text}: no fleet class {step!r}; {nearest(step, named)}")
+            target = named[step]
+        else:
+            target = target.setdefault(step, {})
+    if not isinstance(target, dict):
+        raise UserError(f"--set {text}: {'.'.join(path)} is not a table")
+    target[last] = parsed
+
+
+def _build_named(table: Mapping[str, type[T]], values: Any, where: str) -> T:
+    """An object of the class that `name` picks from a table of classes."""
+    values = dict(values) if isinstance(values, Mapping) else {}
+    name = values.pop("name", None)
+    if name not in table:
+        given = "name is missing" if name is None else f"unknown name {name!r}"
+        raise UserError(f"{where}: {given}; {nearest(str(name), table)}")
+    return _build(table[name], values, f"{where} {name}")
+
+
+def _build(cls: type[T], values: Any, where: str, parts: Mapping[str, Any] | None = None) -> T:
+    """An object of a dataclass from plain values, typed strictly; `parts` are fields that are built already."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must be a table, got {values!r}")
+    _check_keys(cls, values, where)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    made = dict(parts or {})
+    for key, value in values.items():
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config={"strict": True, "allow_inf_nan": False})
+            made[key] = adapter.validate_json(json.dumps(value, default=str))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"{where}: {key} = {value!r} is not accepted: {reason}") from error
+    optional = (dataclasses.MISSING, dataclasses.MISSING)
+    missing = [k for k, f in fields.items() if k not in made and (f.default, f.default_factory) == optional]
+    if missing:
+        raise UserError(f"{where}: {missing[0]} is missing")
+    try:
+        return cls(**made)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, names)}")
+
+
+def _name_of(table: Mapping[str, type], value: object) -> str:
+    return next(name for name, cls in table.items() if type(value) is cls)

@@ -1,0 +1,41 @@
+"""What the rest of lamina sees of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class Shard(Protocol):
+    """The examples of one device."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the examples `rows`, int64 [rows, tokens] each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Everyone's data.
+
+    Attributes:
+        train: Training examples of each device.
+        test: Test examples of each device.
+        names: Name of each device: its role, or "device 7".
+        scored: Positions at the end of a test example that count for the accuracy.
+    """
+
+    train: Sequence[Shard]
+    test: Sequence[Shard]
+    names: Sequence[str]
+    scored: int
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return len(self.names)

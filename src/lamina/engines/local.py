@@ -1,0 +1,30 @@
+"""Devices simulated in this process, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from lamina import client
+from lamina.data.task import Shard
+from lamina.job import Job, Update
+from lamina.model import Spec
+
+
+class LocalEngine:
+    """Runs `client.train` in `workers` threads. Each device is computed alone, so their number changes no result."""
+
+    def __init__(self, spec: Spec, shards: Sequence[Shard], workers: int) -> None:
+        """Serve the given shards, indexed by device, on a network."""
+        self._spec, self._shards, self._workers = spec, shards, workers
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update]:
+        """Updates in the order of the jobs."""
+        with ThreadPoolExecutor(self._workers) as pool:
+            try:
+                yield from pool.map(self._train, jobs)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _train(self, job: Job) -> Update:
+        return client.train(job, self._shards[job.turn.device], self._spec)

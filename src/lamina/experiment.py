@@ -1,0 +1,100 @@
+"""From an experiment to what it will do: fleet, plans per class, network. Needs no data and no weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lamina import checkpoint, networks
+from lamina.config import Experiment
+from lamina.data.task import Task
+from lamina.data.text import ALPHABET
+from lamina.errors import UserError
+from lamina.fleet import assign
+from lamina.planner import Candidate, Group, assess, choose_network
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the budgets lead to.
+
+    Attributes:
+        class_of: Class index of every device.
+        groups: One per class.
+        candidates: One per network, in the order given.
+        chosen: The network of the run.
+        steps: Local steps that the prices are for: the most any device takes.
+    """
+
+    class_of: list[int]
+    groups: tuple[Group, ...]
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    steps: int
+
+    def network_json(self) -> dict[str, Any]:
+        """The chosen network and the score table."""
+        return {"chosen": self.chosen.name, "candidates": [each.to_json() for each in self.candidates]}
+
+    def classes_json(self) -> list[dict[str, Any]]:
+        """Per class: budget, plan and price; for a class that sits out, the price of the cheapest plan."""
+        return [self._class_json(index) for index in range(len(self.groups))]
+
+    def _class_json(self, index: int) -> dict[str, Any]:
+        group, choice = self.groups[index], self.chosen.choices[index]
+        return {
+            "name": group.name,
+            "devices": group.devices,
+            "budget": asdict(group.budget),
+            "predicted": choice.cost.to_json(),
+            "plan": choice.plan.label if choice.plan else None,
+            "trained_blocks": self.chosen.trained_blocks(index),
+            "binding": list(choice.binding),
+            "sat_out": 0 if choice.plan else group.devices,
+            "accuracy": None,
+        }
+
+
+def load_task(experiment: Experiment) -> Task:
+    """The windows of every device.
+
+    Raises:
+        UserError: The data cannot be used.
+    """
+    devices = experiment.task.device_count()
+    return experiment.task.load(experiment.seed, assign(experiment.fleet, devices, experiment.seed))
+
+
+def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
+    """Price every plan of every candidate network for every class and choose.
+
+    Args:
+        experiment: What to run.
+        task: Needed where the number of local steps depends on the data (`local.steps = 0`); loaded then if not given.
+
+    Raises:
+        UserError: A network is missing or does not fit the task, or nothing fits the budgets.
+    """
+    devices = experiment.task.device_count()
+    if experiment.cohort > devices:
+        raise UserError(f"cohort = {experiment.cohort} is more than the {devices} devices there are")
+    class_of = assign(experiment.fleet, devices, experiment.seed)
+    groups = tuple(Group(each.name, class_of.count(index), each.budget) for index, each in enumerate(experiment.fleet))
+    steps = experiment.local.steps
+    if not steps:
+        steps = max(experiment.local.round_steps(len(shard)) for shard in (task or load_task(experiment)).train)
+    local, tokens = experiment.local, experiment.task.window
+    candidates = []
+    for name in experiment.networks:
+        folder = networks.find(name)
+        spec = checkpoint.read_spec(folder)
+        if spec.vocab != experiment.task.vocabulary or spec.positions < tokens:
+            raise UserError(
+                f"network {name} has {spec.vocab} symbols and {spec.positions} positions; the task needs "
+                f"{experiment.task.vocabulary} symbols and at least {tokens} positions"
+            )
+        if checkpoint.read_alphabet(folder) not in (None, ALPHABET):
+            raise UserError(f"network {name} was trained on another alphabet than the task's")
+        candidates.append(assess(experiment.method, name, spec, groups, local, tokens, steps))
+    chosen = choose_network(experiment.method, candidates, groups, local, tokens, steps)
+    return Outlook(class_of, groups, tuple(candidates), chosen, steps)

@@ -1,0 +1,32 @@
+"""Pretrained networks by name (those of the package) or by folder."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from lamina import checkpoint
+from lamina.errors import UserError
+
+
+def embedded() -> dict[str, Path]:
+    """The networks that come with the package: name -> folder."""
+    assets = Path(str(resources.files("lamina"))) / "assets"
+    return {path.parent.name: path.parent for path in sorted(assets.glob(f"*/{checkpoint.CONFIG}"))}
+
+
+def find(name: str) -> Path:
+    """The folder of a network.
+
+    Raises:
+        UserError: It is neither the name of an embedded network nor a folder with one.
+    """
+    known = embedded()
+    if name in known:
+        return known[name]
+    if (Path(name) / checkpoint.CONFIG).is_file():
+        return Path(name)
+    raise UserError(
+        f"no network {name!r}: it is neither a folder with a {checkpoint.CONFIG} nor one of the package's: "
+        + (", ".join(known) or "it has none")
+    )

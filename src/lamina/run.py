@@ -1,0 +1,346 @@
+"""A run in a folder: start it, go on with it, and what it leaves behind.
+
+    config.toml       the experiment with every default filled in
+    env.json          versions and machine
+    rounds.jsonl      a line per round            devices.jsonl   a line per device and round
+    state.safetensors everything needed to go on  model/          the finetuned network, as Hugging Face loads it
+    summary.json      the result, for programs    report.md       the result, for people
+
+Every round ends with an atomic replacement of the state, which also records how long the two line files are then. A
+kill at any moment therefore loses at most the round it interrupts, and the run that goes on is the run that was never
+stopped, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+
+from lamina import __version__, checkpoint, config, files, model, networks, tables
+from lamina.config import Experiment
+from lamina.data.task import Task
+from lamina.data.text import ALPHABET
+from lamina.engines import Engine
+from lamina.engines.local import LocalEngine
+from lamina.errors import UserError
+from lamina.experiment import Outlook, load_task, look_ahead
+from lamina.layout import Params
+from lamina.metrics import Score, evaluate
+from lamina.server import DeviceRow, State, play_round
+from lamina.turn import generator
+
+SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/1"
+_LINES = ("rounds.jsonl", "devices.jsonl")
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A line of rounds.jsonl.
+
+    Attributes:
+        round: Number of the round, from 1.
+        loss: Mean local training loss over usable updates, in nats; None if there was none.
+        accuracy: As in summary.json; None where the round was not evaluated.
+        updates: Usable ones.
+        rejected: "device 7: reason" for each that was not.
+        up_bytes: Sent by all devices.
+        down_bytes: Received by all.
+        flops: Computed by all.
+        seconds: Wall time, evaluation included.
+    """
+
+    round: int
+    loss: float | None
+    accuracy: dict[str, float] | None
+    updates: int
+    rejected: list[str]
+    up_bytes: int
+    down_bytes: int
+    flops: int
+    seconds: float
+
+
+@dataclass
+class Run:
+    """An experiment that is going on in a folder."""
+
+    folder: Path
+    experiment: Experiment
+    outlook: Outlook
+    task: Task
+    state: State
+    before: Score | None = None
+    after: Score | None = None
+    seconds: float = 0.0
+
+    @property
+    def workers(self) -> int:
+        """Simulated devices computed at a time."""
+        return self.experiment.workers or usable_cores()
+
+    def score(self) -> Score:
+        """Accuracy of the global network now."""
+        spec = self.outlook.chosen.spec
+        return evaluate(spec, self.state.params, self.task.test, self.task.scored, self.workers)
+
+    def play(
+        self,
+        on_round: Callable[[RoundRow, Sequence[DeviceRow]], None] = lambda row, devices: None,
+        on_progress: Callable[[int, int], None] = lambda done, jobs: None,
+        engine: Engine | None = None,
+    ) -> dict[str, Any]:
+        """Play the rounds that are left, then write the result.
+
+        Args:
+            on_round: Told about each finished round.
+            on_progress: Told the updates that came and the jobs of the round under way.
+            engine: Carries the jobs; by default the devices are simulated in this process.
+
+        Returns:
+            What summary.json holds.
+        """
+        tick = time.perf_counter()
+        engine = engine or LocalEngine(self.outlook.chosen.spec, self.task.train, self.workers)
+        examples = [len(shard) for shard in self.task.train]
+        if self.before is None:
+            self.before = self.score()
+            tick = self._commit(tick)
+        while self.state.round < self.experiment.rounds:
+            self.state, rows = play_round(self.experiment, self.outlook, examples, engine, self.state, on_progress)
+            row = self._round_row(rows, self._evaluate_if_due(), time.perf_counter() - tick)
+            self._append("rounds.jsonl", [asdict(row)])
+            self._append("devices.jsonl", [{"round": row.round} | self._readable(each) for each in rows])
+            tick = self._commit(tick)
+            on_round(row, rows)
+        return self._finish(tick)
+
+    def _evaluate_if_due(self) -> Score | None:
+        done, every = self.state.round, self.experiment.eval_every
+        if done == self.experiment.rounds:
+            self.after = self.score()
+            return self.after
+        return self.score() if every and done % every == 0 else None
+
+    def _round_row(self, rows: Sequence[DeviceRow], score: Score | None, seconds: float) -> RoundRow:
+        losses = [row.loss for row in rows if row.loss is not None]
+        return RoundRow(
+            round=self.state.round,
+            loss=float(np.mean(losses)) if losses else None,
+            accuracy=score.accuracy() if score else None,
+            updates=len(losses),
+            rejected=[f"device {row.device}: {row.rejected}" for row in rows if row.rejected],
+            up_bytes=sum(row.up_bytes for row in rows),
+            down_bytes=sum(row.down_bytes for row in rows),
+            flops=sum(row.flops for row in rows),
+            seconds=round(seconds, 3),
+        )
+
+    def _readable(self, row: DeviceRow) -> dict[str, Any]:
+        names = {"name": self.task.names[row.device], "class": self.outlook.groups[row.group].name}
+        return names | {key: value for key, value in asdict(row).items() if key != "group"}
+
+    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _commit(self, tick: float) -> float:
+        """Write the state; returns the new time mark."""
+        assert self.before is not None
+        now = time.perf_counter()
+        self.seconds += now - tick
+        manifest = {
+            "schema": STATE_SCHEMA,
+            "round": self.state.round,
+            "changed": self.state.changed,
+            "seen": self.state.seen,
+            "totals": self.state.totals,
+            "before": _score_json(self.before),
+            "after": _score_json(self.after) if self.after else None,
+            "seconds": self.seconds,
+            "lengths": {name: _length(self.folder / name) for name in _LINES},
+        }
+        content = save(self.state.params, metadata={"manifest": json.dumps(manifest)})
+        files.write(self.folder / "state.safetensors", content)
+        return now
+
+    def _finish(self, tick: float) -> dict[str, Any]:
+        assert self.before is not None and self.after is not None
+        checkpoint.write(
+            self.folder / "model",
+            self.outlook.chosen.spec,
+            self.state.params,
+            torch.float32,
+            {"alphabet": ALPHABET},
+        )
+        self.seconds += time.perf_counter() - tick
+        summary = self.summary()
+        files.write(self.folder / "report.md", tables.markdown(summary, self._coverage()))
+        files.write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds; documented in docs/json.md."""
+        assert self.before is not None and self.after is not None
+        classes = self.outlook.classes_json()
+        for index, row in enumerate(classes):
+            members = [d for d, group in enumerate(self.outlook.class_of) if group == index]
+            row["accuracy"] = _accuracies(self.before.of(members), self.after.of(members)) if members else None
+        totals = {"rounds": self.state.round, **self.state.totals, "seconds": round(self.seconds, 1)}
+        return {
+            "schema": SUMMARY_SCHEMA,
+            "name": self.experiment.name,
+            "method": self.experiment.to_table()["method"]["name"],
+            "accuracy": _accuracies(self.before, self.after),
+            "network": self.outlook.network_json(),
+            "classes": classes,
+            "totals": totals,
+            "folder": str(self.folder),
+        }
+
+    def _coverage(self) -> list[float]:
+        """Share of usable updates that trained each block."""
+        lines = [json.loads(line) for line in (self.folder / "devices.jsonl").read_text().splitlines()]
+        depths = [line["trained_blocks"] for line in lines if line["loss"] is not None]
+        blocks = self.outlook.chosen.spec.blocks
+        return [sum(t >= blocks - i for t in depths) / max(1, len(depths)) for i in range(blocks)]
+
+
+def start(experiment: Experiment, root: Path) -> Run:
+    """Prepare a new run in a new folder under `root`.
+
+    Raises:
+        UserError: Nothing fits, or data or a network cannot be used; then no folder is left behind.
+    """
+    run = _prepare(experiment)
+    run.folder = _new_folder(experiment, root)
+    files.write(run.folder / "config.toml", config.dump(experiment.to_table()))
+    files.write_json(run.folder / "env.json", environment())
+    return run
+
+
+def resume(folder: Path) -> Run:
+    """Take up the run in `folder` after its last complete round.
+
+    Raises:
+        UserError: There is no run, it is finished, or its state is damaged or of another version.
+    """
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is not a run: it has no config.toml")
+    if (folder / "summary.json").exists():
+        raise UserError(f"the run in {folder} is finished; its result is in {folder / 'report.md'}")
+    experiment = config.load_experiment(folder / "config.toml")
+    path = folder / "state.safetensors"
+    manifest = checkpoint.read_manifest(path) if path.exists() else None
+    run = _prepare(experiment)
+    run.folder = folder
+    if manifest:
+        _restore(run, manifest)
+    for name in _LINES:
+        _cut(folder / name, manifest["lengths"][name] if manifest else 0)
+    return run
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def changes_since(folder: Path) -> list[str]:
+    """What differs between the machine a run began on and this one, in what its last bits may depend on."""
+    path = folder / "env.json"
+    then = json.loads(path.read_text()) if path.exists() else {}
+    return [f"{key} was {then[key]}, is {now}" for key, now in environment().items() if then.get(key, now) != now]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine: what a run's last bits may depend on."""
+    return {
+        "lamina": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": usable_cores(),
+        "threads_per_device": torch.get_num_threads(),
+    }
+
+
+def _prepare(experiment: Experiment) -> Run:
+    task = load_task(experiment)
+    outlook = look_ahead(experiment, task)
+    return Run(Path(), experiment, outlook, task, _first_state(experiment, outlook))
+
+
+def _first_state(experiment: Experiment, outlook: Outlook) -> State:
+    """The pretrained network, and whatever the method adds, freshly drawn."""
+    _, pretrained = checkpoint.load(networks.find(outlook.chosen.name))
+    spec = outlook.chosen.spec
+    seed = int(generator(experiment.seed, "init").integers(2**62))
+    params: Params = model.init(spec, torch.Generator().manual_seed(seed)) | pretrained
+    return State(0, params, dict.fromkeys(params, 0), {})
+
+
+def _new_folder(experiment: Experiment, root: Path) -> Path:
+    digest = files.digest(config.dump(experiment.to_table()).encode())[:8]
+    for count in range(1, sys.maxsize):
+        folder = root / (f"{experiment.name}-{digest}" + (f"-{count}" if count > 1 else ""))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError
+
+
+def _restore(run: Run, manifest: dict[str, Any]) -> None:
+    if manifest.get("schema") != STATE_SCHEMA:
+        raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
+    params = load_file(run.folder / "state.safetensors")
+    if {n: p.shape for n, p in params.items()} != {n: p.shape for n, p in run.state.params.items()}:
+        raise UserError(f"the state in {run.folder} is of another network than its config.toml gives")
+    run.state = State(
+        round=manifest["round"],
+        params={name: params[name] for name in run.state.params},
+        changed=manifest["changed"],
+        seen={int(device): when for device, when in manifest["seen"].items()},
+        totals=manifest["totals"],
+    )
+    run.before = _score(manifest["before"])
+    run.after = _score(manifest["after"]) if manifest["after"] else None
+    run.seconds = manifest["seconds"]
+
+
+def _accuracies(before: Score, after: Score) -> dict[str, dict[str, float]]:
+    return {"before": before.accuracy(), "after": after.accuracy()}
+
+
+def _score_json(score: Score) -> dict[str, list[int]]:
+    return {"correct": score.correct.tolist(), "total": score.total.tolist()}
+
+
+def _score(data: dict[str, list[int]]) -> Score:
+    return Score(np.array(data["correct"]), np.array(data["total"]))
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _cut(path: Path, length: int) -> None:
+    """Drop what was appended after the state was written."""
+    if path.exists():
+        os.truncate(path, length)

@@ -1,0 +1,201 @@
+"""The round engine: draw a cohort, plan, send, check what comes back, merge. It knows no transport and no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lamina import model
+from lamina.config import Experiment
+from lamina.cost import FLOAT_BYTES, Cost, cost
+from lamina.engines import Engine
+from lamina.experiment import Outlook
+from lamina.job import Job, Turn, Update
+from lamina.layout import Layout, Params
+from lamina.plan import Vote, merge, narrow
+from lamina.planner import choose_plan
+
+TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds")
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a run is after some rounds; the same state gives the same future, bit for bit.
+
+    Attributes:
+        round: Rounds done.
+        params: Global tensors.
+        changed: Tensor -> the round after which it last changed; 0 for the tensors of the base network.
+        seen: Device -> the round before which it last received tensors.
+        totals: What the run has cost so far.
+    """
+
+    round: int
+    params: Params
+    changed: Mapping[str, int]
+    seen: Mapping[int, int]
+    totals: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One device in one round.
+
+    Attributes:
+        device: Index.
+        group: Index of its class.
+        plan: Label of its plan, or None when it sat out.
+        trained_blocks: Blocks it trained.
+        loss: Mean local training loss in nats; None without a usable update.
+        examples: Of its shard.
+        steps: It took.
+        down_bytes: It had to receive.
+        up_bytes: It sent.
+        flops: It computed.
+        rejected: Why its update was not used, or None.
+    """
+
+    device: int
+    group: int
+    plan: str | None
+    trained_blocks: int
+    loss: float | None = None
+    examples: int = 0
+    steps: int = 0
+    down_bytes: int = 0
+    up_bytes: int = 0
+    flops: int = 0
+    rejected: str | None = None
+
+
+def play_round(
+    experiment: Experiment,
+    outlook: Outlook,
+    examples: Sequence[int],
+    engine: Engine,
+    state: State,
+    progress: Callable[[int, int], None] = lambda done, jobs: None,
+) -> tuple[State, list[DeviceRow]]:
+    """One federated round.
+
+    An update that is not exactly what its plan asked for, or holds a value that is not finite, is left out of the mean;
+    if none is left, the global tensors stay as they are and the round counts as abandoned.
+
+    Args:
+        experiment: The settings.
+        outlook: Classes, budgets and the chosen network.
+        examples: Shard size of every device.
+        engine: Carries the jobs.
+        state: Before the round; not changed.
+        progress: Told the number of updates that came, and of jobs, as it goes on.
+
+    Returns:
+        The state after the round, and a row per device of the cohort in ascending order.
+    """
+    spec = outlook.chosen.spec
+    layout = model.layout(spec)
+    jobs: dict[int, Job] = {}
+    rows: dict[int, DeviceRow] = {}
+    for device in draw_cohort(experiment, outlook, state.round):
+        turn = Turn(experiment.seed, state.round, experiment.rounds, device)
+        group = outlook.class_of[device]
+        steps = experiment.local.round_steps(examples[device])
+        budget = outlook.groups[group].budget
+        plan = choose_plan(experiment.method, spec, budget, experiment.local, experiment.task.window, steps, turn).plan
+        if plan is None:
+            rows[device] = DeviceRow(device, group, None, 0)
+            continue
+        jobs[device] = Job(turn, plan, experiment.local, narrow(state.params, layout, plan))
+        down = sum(
+            FLOAT_BYTES * jobs[device].arrays[name].numel()
+            for name in plan.holds
+            if device not in state.seen or state.changed[name] > state.seen[device]
+        )
+        rows[device] = DeviceRow(device, group, plan.label, plan.trained_blocks(layout), down_bytes=down)
+    votes = []
+    pending = dict(jobs)
+    for done, update in enumerate(engine.run(jobs.values()), 1):
+        device = update.turn.device
+        job = pending.pop(device, None)
+        if job is None:  # never asked, or answered before: an engine may deliver twice
+            continue
+        rejected = fault(update, job, layout)
+        rows[device] = _account(rows[device], update, job, rejected, spec, experiment.task.window)
+        if rejected is None:
+            votes.append(Vote(device, job.plan, update.arrays, experiment.method.weight(update)))
+        progress(done, len(jobs))
+    for device in pending:
+        rows[device] = replace(rows[device], rejected="no update came")
+    params = merge(state.params, layout, votes, experiment.method.absent) if votes else state.params
+    return _after(state, params, jobs, votes, rows), [rows[device] for device in sorted(rows)]
+
+
+def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int) -> list[int]:
+    """Devices of a round, ascending: drawn without replacement among those whose class has a plan."""
+    able = [d for d, group in enumerate(outlook.class_of) if outlook.chosen.choices[group].plan is not None]
+    rng = Turn(experiment.seed, round_, experiment.rounds).rng("cohort")
+    return sorted(int(d) for d in rng.choice(able, min(experiment.cohort, len(able)), replace=False))
+
+
+def fault(update: Update, job: Job, layout: Layout) -> str | None:
+    """What is wrong with an update, judged by the plan its device was sent; None if nothing is."""
+    if update.turn != job.turn:
+        return "answers another round"
+    names = set(update.arrays)
+    if names != job.plan.trains:
+        odd = sorted(names ^ job.plan.trains)[0]
+        return f"{'has' if odd in names else 'lacks'} tensor {odd}, against its plan"
+    for name, array in update.arrays.items():
+        if tuple(array.shape) != job.plan.shape(layout, name) or array.dtype != job.arrays[name].dtype:
+            return f"{name} is {array.dtype} {tuple(array.shape)}, against its plan"
+        if not array.isfinite().all():
+            return f"{name} holds values that are not finite"
+    if not math.isfinite(update.loss):
+        return "its training loss is not finite"
+    if update.examples < 1 or update.steps < 1:
+        return f"says it used {update.examples} examples in {update.steps} steps"
+    return None
+
+
+def _account(
+    row: DeviceRow, update: Update, job: Job, rejected: str | None, spec: model.Spec, tokens: int
+) -> DeviceRow:
+    """The row of a device with what its update cost."""
+    spent: Cost = cost(spec, job.plan, job.local, tokens, update.steps)
+    return replace(
+        row,
+        loss=update.loss if rejected is None else None,
+        examples=update.examples,
+        steps=update.steps,
+        up_bytes=sum(array.numel() * array.element_size() for array in update.arrays.values()),
+        flops=spent.flops,
+        rejected=rejected,
+    )
+
+
+def _after(
+    state: State,
+    params: Params,
+    jobs: Mapping[int, Job],
+    votes: Sequence[Vote],
+    rows: Mapping[int, DeviceRow],
+) -> State:
+    done = state.round + 1
+    moved: set[str] = set().union(*(vote.plan.trains for vote in votes))
+    spent: dict[str, Any] = {
+        key: sum(getattr(row, key) for row in rows.values()) for key in ("up_bytes", "down_bytes", "flops")
+    }
+    spent |= {
+        "updates": len(votes),
+        "rejected_updates": sum(row.rejected is not None for row in rows.values()),
+        "abandoned_rounds": int(not votes),
+    }
+    return State(
+        round=done,
+        params=params,
+        changed={name: done if name in moved else before for name, before in state.changed.items()},
+        seen=dict(state.seen) | dict.fromkeys(jobs, state.round),
+        totals={key: state.totals[key] + spent[key] for key in TOTALS},
+    )

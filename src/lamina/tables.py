@@ -1,0 +1,121 @@
+"""The tables people see, made from what programs see, once for the terminal and for report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lamina.units import human
+
+_KINDS = {
+    "mean_over_devices": "mean over devices",
+    "weighted": "weighted by characters",
+    "p10": "10th percentile",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of text; `left` is the number of columns that are words rather than numbers."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+
+def networks(network: Mapping[str, Any]) -> Table:
+    """The score table: which network, and why."""
+    rows = [
+        (
+            each["name"] + (" *" if each["name"] == network["chosen"] else ""),
+            str(each["blocks"]),
+            f"{each['mean_trained_blocks']:.2f}",
+            "yes" if each["feasible"] else "no",
+        )
+        for each in network["candidates"]
+    ]
+    title = "Networks (* chosen: most trained blocks on average, of equals the deepest)"
+    return Table(title, ("network", "blocks", "mean trained blocks", "feasible"), rows)
+
+
+def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Per class: plan, prices against budgets, and what keeps it from training more."""
+    shown = [r for r in ("down_bytes",) if any(row["budget"][r] is not None for row in rows)]
+    columns = ["memory_bytes", "up_bytes", *shown, "flops"]
+    heads = {"memory_bytes": "memory", "up_bytes": "up", "down_bytes": "down", "flops": "compute"}
+    lines = [
+        (
+            row["name"],
+            row["plan"] or "sits out",
+            str(row["devices"]),
+            *(human(resource, row["predicted"][resource], row["budget"][resource]) for resource in columns),
+            " and ".join(name.removesuffix("_bytes") for name in row["binding"]) or "nothing",
+        )
+        for row in rows
+    ]
+    head = ("class", "trains blocks", "devices", *(heads[resource] for resource in columns), "limited by")
+    return Table("Device classes (per device and round: predicted / budget)", head, lines, left=2)
+
+
+def memory(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Per class: memory by category."""
+    categories = list(rows[0]["predicted"]["memory"])
+    lines = [
+        (row["name"], *(human("bytes", row["predicted"]["memory"][category]) for category in categories))
+        for row in rows
+    ]
+    return Table("Memory by category", ("class", *(c.removesuffix("_bytes") for c in categories)), lines)
+
+
+def accuracy(summary: Mapping[str, Any]) -> Table:
+    """Next-character accuracy before and after, over all devices and per class."""
+
+    def line(name: str, scores: Mapping[str, Any], kind: str) -> tuple[str, ...]:
+        before, after = scores["before"][kind], scores["after"][kind]
+        return name, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
+
+    rows = [line(f"all devices, {text}", summary["accuracy"], kind) for kind, text in _KINDS.items()]
+    for row in summary["classes"]:
+        if row["accuracy"]:
+            rows.append(line(f"class {row['name']}, mean", row["accuracy"], "mean_over_devices"))
+    return Table("Accuracy on held-out text", ("", "before", "after", "gain"), rows)
+
+
+def totals(summary: Mapping[str, Any]) -> Table:
+    """What the run cost."""
+    spent = summary["totals"]
+    rows = [
+        ("rounds", str(spent["rounds"])),
+        ("updates used / rejected", f"{spent['updates']} / {spent['rejected_updates']}"),
+        ("sent by devices", human("bytes", spent["up_bytes"])),
+        ("received by devices", human("bytes", spent["down_bytes"])),
+        ("computed by devices", human("flops", spent["flops"])),
+        ("devices that sat out", str(sum(row["sat_out"] for row in summary["classes"]))),
+        ("wall time", f"{spent['seconds']:.0f} s"),
+    ]
+    return Table("Totals", ("", ""), rows)
+
+
+def of_summary(summary: Mapping[str, Any]) -> list[Table]:
+    """All tables of a finished run, in reading order."""
+    return [
+        networks(summary["network"]),
+        classes(summary["classes"]),
+        memory(summary["classes"]),
+        accuracy(summary),
+        totals(summary),
+    ]
+
+
+def markdown(summary: Mapping[str, Any], coverage: Sequence[float]) -> str:
+    """report.md: the tables, and how often each block was trained."""
+    blocks = [(f"block {i}", f"{share:.0%}", "#" * round(30 * share)) for i, share in enumerate(coverage)]
+    cover = Table("Blocks: share of updates that trained each", ("", "share", ""), blocks)
+    parts = [f"# {summary['name']}: {summary['method']} on {summary['network']['chosen']}"]
+    for table in [*of_summary(summary), cover]:
+        rules = [":--" if i < table.left else "--:" for i in range(len(table.head))]
+        lines = [table.head, rules, *table.rows]
+        parts += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    return "\n\n".join(parts) + "\n"

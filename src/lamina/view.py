@@ -1,0 +1,111 @@
+"""What a person sees while a command works: tables, and a live line that becomes plain lines when piped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from lamina.pretrain import Pretrain
+from lamina.pretrain import Progress as Point
+from lamina.run import RoundRow
+from lamina.server import DeviceRow
+from lamina.tables import Table
+
+
+class View:
+    """A terminal, or a pipe."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        """Speak on standard output, or, when that carries JSON, on standard error."""
+        self.console = Console(stderr=quiet, highlight=False, soft_wrap=False)
+        if not self.console.is_terminal:
+            self.console.width = 110
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def table(self, table: Table) -> None:
+        """A table under its title."""
+        drawn = RichTable(
+            header_style="dim",
+            box=box.SIMPLE_HEAD if any(table.head) else None,
+            show_header=any(table.head),
+            pad_edge=False,
+        )
+        for index, head in enumerate(table.head):
+            drawn.add_column(head, justify="left" if index < table.left else "right")
+        for row in table.rows:
+            drawn.add_row(*row)
+        self.console.print(table.title, style="bold", markup=False)
+        self.console.print(drawn)
+        self.console.print()
+
+    @contextmanager
+    def rounds(self, done: int, rounds: int) -> Iterator[LiveRounds]:
+        """A live bar over the rounds."""
+        columns = (
+            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("", total=rounds, completed=done, note="accuracy before training")
+            yield LiveRounds(self, bar, task, done)
+
+    @contextmanager
+    def pretraining(self, job: Pretrain) -> Iterator[Callable[[Point], None]]:
+        """A live bar over the steps of all depths."""
+        columns = (
+            TextColumn("{task.fields[note]}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("", total=sum(job.steps), note="reading the text")
+
+            def show(point: Point) -> None:
+                before = sum(s for d, s in zip(job.depths, job.steps, strict=True) if d < point.depth)
+                bar.update(task, completed=before + point.step, note=f"depth {point.depth}")
+                self.say(
+                    f"depth {point.depth} step {point.step}/{point.steps}: loss {point.train_loss:.4f}, "
+                    f"validation {point.val_loss:.4f} nats, {point.characters_per_second:,.0f} characters/s"
+                )
+
+            yield show
+
+
+class LiveRounds:
+    """Shows a run as it goes."""
+
+    def __init__(self, view: View, bar: Progress, task: TaskID, done: int) -> None:
+        """Begin after `done` rounds."""
+        self.view, self.bar, self.task, self.done = view, bar, task, done
+
+    def progress(self, done: int, jobs: int) -> None:
+        """Updates that came, of the jobs of the round under way."""
+        self.bar.update(self.task, completed=self.done + done / jobs, note=f"{done}/{jobs} devices")
+
+    def round(self, row: RoundRow, devices: Sequence[DeviceRow], classes: Sequence[str]) -> None:
+        """A finished round: one line, one more for each update that was rejected."""
+        self.done = row.round
+        self.bar.update(self.task, completed=row.round)
+        parts = []
+        for index, name in enumerate(classes):
+            losses = [each.loss for each in devices if each.group == index and each.loss is not None]
+            parts.append(f"{name} {sum(losses) / len(losses):.3f}" if losses else f"{name} -")
+        accuracy = f", accuracy {row.accuracy['mean_over_devices']:.2%}" if row.accuracy else ""
+        loss = "no usable update: the round is abandoned" if row.loss is None else f"loss {row.loss:.3f}"
+        self.view.say(f"round {row.round:3}: {loss} ({', '.join(parts)}){accuracy}, {row.seconds:.1f} s")
+        for text in row.rejected:
+            self.view.say(f"           rejected: {text}")

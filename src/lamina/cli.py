@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -14,6 +15,7 @@ from lamina import files
 from lamina.errors import UserError
 
 if TYPE_CHECKING:
+    from lamina.run import Run
     from lamina.view import View
 
 app = typer.Typer(
@@ -45,24 +47,17 @@ def run(
     from lamina.view import View
 
     view = View(quiet=as_json)
-    if resume:
-        current = runs.resume(resume)
-        for change in runs.changes_since(resume):
-            view.say(f"warning: {change}; the result may differ in its last bits from that of an unbroken run")
-    else:
-        assert file is not None
-        current = runs.start(config.load_experiment(file, overrides), out)
-    for table in (
-        tables.networks(current.outlook.network_json()),
-        tables.classes(current.outlook.classes_json()),
-    ):
-        view.table(table)
-    view.say(f"run folder {current.folder}")
-    try:
+    with ExitStack() as held:
+        if resume:
+            held.enter_context(files.lock(resume))
+            current = runs.resume(resume)
+            for change in runs.changes_since(resume):
+                view.say(f"warning: {change}; the result may differ in its last bits from that of an unbroken run")
+        else:
+            assert file is not None
+            current = runs.start(config.load_experiment(file, overrides), out)
+            held.enter_context(files.lock(current.folder))
         summary = _play(current, view)
-    except KeyboardInterrupt:
-        view.say(f"stopped; go on with: lamina run --resume {current.folder}")
-        raise typer.Exit(130) from None
     if as_json:
         _print_json(summary)
         return
@@ -71,14 +66,20 @@ def run(
     view.say(f"report {current.folder / 'report.md'}, network {current.folder / 'model'}")
 
 
-def _play(current: Any, view: View) -> dict[str, Any]:
-    experiment = current.experiment
-    with files.lock(current.folder), view.rounds(current.state.round, experiment.rounds) as live:
-        classes = [group.name for group in current.outlook.groups]
-        summary: dict[str, Any] = current.play(
-            on_round=lambda row, devices: live.round(row, devices, classes), on_progress=live.progress
-        )
-    return summary
+def _play(current: Run, view: View) -> dict[str, Any]:
+    """Show the plan, then the rounds as they go."""
+    from lamina import tables
+
+    view.table(tables.networks(current.outlook.network_json()))
+    view.table(tables.classes(current.outlook.classes_json()))
+    view.say(f"run folder {current.folder}")
+    classes = [group.name for group in current.outlook.groups]
+    try:
+        with view.rounds(current.state.round, current.experiment.rounds) as live:
+            return current.play(lambda row, devices: live.round(row, devices, classes), live.progress)
+    except KeyboardInterrupt:
+        view.say(f"stopped; go on with: lamina run --resume {current.folder}")
+        raise typer.Exit(130) from None
 
 
 @app.command()

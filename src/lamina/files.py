@@ -52,8 +52,10 @@ def lock(folder: Path) -> Iterator[None]:
     """Keep other processes from working in `folder`; the system lets go of the lock when the process ends.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: There is no such folder, or another process holds it.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
     with open(folder / ".lock", "w") as file:
         try:
             _lock(file.fileno())

@@ -12,7 +12,8 @@ import numpy as np
 from lamina.cost import Cost
 from lamina.turn import generator
 
-RESOURCES = ("memory_bytes", "up_bytes", "down_bytes", "flops")
+RESOURCES = {"memory_bytes": "memory", "up_bytes": "uplink", "down_bytes": "downlink", "flops": "flops"}
+"""Resource, as in `Cost` and `Budget` -> its key in a `[[fleet]]` table."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     f"{letter}i": 1024**power for power, letter in enumerate("KMGT", 1)
 }
@@ -76,8 +77,8 @@ class DeviceClass:
     @property
     def budget(self) -> Budget:
         """The quantities as numbers."""
-        keys = ("memory", "uplink", "downlink", "flops")
-        return Budget(*(None if (value := getattr(self, key)) is None else quantity(key, value) for key in keys))
+        given = {name: (key, getattr(self, key)) for name, key in RESOURCES.items()}
+        return Budget(**{name: quantity(*each) for name, each in given.items() if each[1] is not None})
 
 
 def quantity(key: str, value: str | int) -> int:

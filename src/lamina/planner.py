@@ -10,7 +10,7 @@ from typing import Any
 from lamina import model
 from lamina.cost import Cost, cost
 from lamina.errors import UserError
-from lamina.fleet import Budget
+from lamina.fleet import RESOURCES, Budget
 from lamina.job import Local, Turn
 from lamina.methods import Method
 from lamina.model import Spec
@@ -142,26 +142,28 @@ def choose_network(
     able = [candidate for candidate in candidates if candidate.feasible]
     if able:
         return max(able, key=lambda candidate: (candidate.mean_trained_blocks, candidate.spec.blocks))
-    nearest = min(candidates, key=lambda each: max(choice.cost.memory_bytes for choice in each.choices))
-    group, choice = next(
-        (group, choice)
-        for group, choice in zip(groups, nearest.choices, strict=True)
+    misfits = [
+        (candidate, group, choice)
+        for candidate in candidates
+        for group, choice in zip(groups, candidate.choices, strict=True)
         if choice.plan is None and group.devices
-    )
-    resource = choice.binding[0]
-    needs, has = getattr(choice.cost, resource), getattr(group.budget, resource)
-    text = (
-        f"class {group.name!r} fits no plan of {nearest.name}: the cheapest needs {human(resource, needs)} of "
-        f"{resource.removesuffix('_bytes')}, the budget is {human(resource, has)}"
-    )
-    if resource == "memory_bytes":
+    ]
+    nearest, group, choice = min(misfits, key=lambda misfit: misfit[2].cost.memory_bytes)
+    needs = {name: human(name, getattr(choice.cost, name)) for name in choice.binding}
+    shortfalls = [
+        f"needs {size} of {RESOURCES[name]}, the budget is {human(name, getattr(group.budget, name))}"
+        for name, size in needs.items()
+    ]
+    text = f"class {group.name!r} fits no plan of {nearest.name}: the cheapest {' and '.join(shortfalls)}"
+    if "memory_bytes" in needs:
         category, size = max(asdict(choice.cost.memory).items(), key=lambda item: item[1])
-        text += f", {category} are {human(resource, size)} of it"
-    remedies = [f"a budget of {human(resource, needs)}", 'method.on_infeasible = "drop"']
-    smaller = replace(local, batch_size=local.batch_size // 2)
-    while smaller.batch_size:
+        text += f"; {category} are {human('bytes', size)} of the memory"
+    budget = " and ".join(f"{RESOURCES[name]} = {size}" for name, size in needs.items())
+    remedies = [budget, 'method.on_infeasible = "drop"']
+    halves = (local.batch_size >> power for power in range(1, local.batch_size.bit_length()))
+    for size in halves:
+        smaller = replace(local, batch_size=size)
         if choose_plan(method, nearest.spec, group.budget, smaller, tokens, steps, Turn(0, 0, 1)).plan:
-            remedies.insert(0, f"local.batch_size = {smaller.batch_size}")
+            remedies.insert(0, f"local.batch_size = {size}")
             break
-        smaller = replace(smaller, batch_size=smaller.batch_size // 2)
     raise UserError(f"{text}; try {', '.join(remedies[:-1])} or {remedies[-1]}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lamina.fleet import RESOURCES
 from lamina.units import human
 
 _KINDS = {
@@ -44,18 +45,17 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Per class: plan, prices against budgets, and what keeps it from training more."""
     shown = [r for r in ("down_bytes",) if any(row["budget"][r] is not None for row in rows)]
     columns = ["memory_bytes", "up_bytes", *shown, "flops"]
-    heads = {"memory_bytes": "memory", "up_bytes": "up", "down_bytes": "down", "flops": "compute"}
     lines = [
         (
             row["name"],
             row["plan"] or "sits out",
             str(row["devices"]),
             *(human(resource, row["predicted"][resource], row["budget"][resource]) for resource in columns),
-            " and ".join(name.removesuffix("_bytes") for name in row["binding"]) or "nothing",
+            " and ".join(RESOURCES[name] for name in row["binding"]) or "nothing",
         )
         for row in rows
     ]
-    head = ("class", "trains blocks", "devices", *(heads[resource] for resource in columns), "limited by")
+    head = ("class", "trains blocks", "devices", *(RESOURCES[resource] for resource in columns), "limited by")
     return Table("Device classes (per device and round: predicted / budget)", head, lines, left=2)
 
 

@@ -44,7 +44,6 @@ class View:
             drawn.add_row(*row)
         self.console.print(table.title, style="bold", markup=False)
         self.console.print(drawn)
-        self.console.print()
 
     @contextmanager
     def rounds(self, done: int, rounds: int) -> Iterator[LiveRounds]:

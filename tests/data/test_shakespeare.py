@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from lamina.data.shakespeare import Shakespeare, Shard, Task, read_roles
+from lamina.data.shakespeare import Shakespeare, Windows, read_roles
+from lamina.data.task import Shard, Task
 from lamina.data.text import decode, encode
 from lamina.errors import UserError
 from lamina.turn import generator
@@ -46,10 +47,17 @@ def samples(shard: Shard) -> Samples:
     return [(decode(row), decode(last)) for row, last in zip(inputs, targets[:, -1:], strict=True)]
 
 
+def windows(shard: Shard) -> Windows:
+    assert isinstance(shard, Windows)
+    return shard
+
+
 def places(shard: Shard, scored: int) -> list[int]:
     """Places in the stream of the last `scored` targets of every window."""
-    last = np.arange(shard.window - scored + 1, shard.window + 1)
-    return (shard.starts[:, None] + last).ravel().tolist()
+    view = windows(shard)
+    last = np.arange(view.window - scored + 1, view.window + 1)
+    every: list[int] = (view.starts[:, None] + last).ravel().tolist()
+    return every
 
 
 @st.composite
@@ -100,7 +108,7 @@ def test_no_test_target_is_a_training_target(tmp_path: Path, small: tuple[str, d
     trained = [place for shard in task.train for place in places(shard, window)]
     tested = [place for shard in task.test for place in places(shard, window)]
     assert not set(trained) & set(tested)
-    assert max(tested) < len(task.train[0].ids)
+    assert max(tested) < len(windows(task.train[0]).ids)
     counted = [place for shard in task.test for place in places(shard, scored)]
     assert len(counted) == len(set(counted))  # every character counts once
     if fields["stride"] >= window:
@@ -119,7 +127,7 @@ def test_scored_positions_are_those_of_leaf_up_to_the_ends(tmp_path: Path, small
 
 
 def test_batch_is_shifted_by_one_and_reads_one_stream() -> None:
-    shard = Shard(encode("To be, or not"), np.array([0, 3, 6]), window=4)
+    shard = Windows(encode("To be, or not"), np.array([0, 3, 6]), window=4)
     inputs, targets = shard.batch(np.array([2, 0]))
     assert inputs.shape == targets.shape == (2, 4)
     assert inputs.dtype == targets.dtype == np.dtype(np.int64)
@@ -138,10 +146,11 @@ def test_embedded_task() -> None:
     assert max(map(plays.count, plays)) == 4
     assert "edward-iii" not in plays
     assert task.scored == 20
-    assert all(shard.ids is task.train[0].ids for shard in (*task.train, *task.test))
+    stream = windows(task.train[0]).ids
+    assert all(windows(shard).ids is stream for shard in (*task.train, *task.test))
     assert min(len(shard) for shard in task.train) == 107
     assert min(len(shard) for shard in task.test) == 44
-    assert (task.train[0].ids > 0).all()  # nothing outside the alphabet
+    assert (stream > 0).all()  # nothing outside the alphabet
     asset = resources.files("lamina") / "assets" / "shakespeare.json.xz"
     assert len(asset.read_bytes()) <= 450_000
 
@@ -152,11 +161,12 @@ def test_vocabulary_is_the_alphabet() -> None:
 
 def test_test_windows_are_evenly_spaced(tmp_path: Path) -> None:
     path = write(tmp_path, {"p|R": speech(5000)})
-    every = Shakespeare(path=path).load(0).test[0].starts
-    few = Shakespeare(path=path, test_windows=5).load(0).test[0].starts
+    every = windows(Shakespeare(path=path).load(0).test[0]).starts
+    few = windows(Shakespeare(path=path, test_windows=5).load(0).test[0]).starts
     assert len(every) == 21
     assert few.tolist() == every[[0, 4, 8, 12, 16]].tolist()
-    assert Shakespeare(path=path, test_windows=99).load(0).test[0].starts.tolist() == every.tolist()
+    all_of_them = windows(Shakespeare(path=path, test_windows=99).load(0).test[0])
+    assert all_of_them.starts.tolist() == every.tolist()
 
 
 def test_roles_are_drawn_by_the_seed() -> None:
@@ -176,8 +186,8 @@ def test_pooled_splits_deal_every_window_once(split: Any) -> None:
     assert task.names[7] == "device 7"
     assert task.devices == config.device_count() == 30
     for dealt, whole in ((task.train, roles.train), (task.test, roles.test)):
-        starts = np.concatenate([shard.starts for shard in dealt])
-        assert sorted(starts) == np.concatenate([shard.starts for shard in whole]).tolist()
+        starts = np.concatenate([windows(shard).starts for shard in dealt])
+        assert sorted(starts) == np.concatenate([windows(shard).starts for shard in whole]).tolist()
         sizes = np.array([len(shard) for shard in dealt])
         assert np.ptp(sizes) <= 1 or split == "resource"
     again, other = config.load(5, groups), config.load(6, groups)
@@ -188,7 +198,7 @@ def test_pooled_splits_deal_every_window_once(split: Any) -> None:
 
 def mixes(task: Task, shards: Any) -> np.ndarray:
     """Share of every embedded role among the windows of every device, [devices, roles]."""
-    first = np.array([shard.starts[0] for shard in Shakespeare().load(0).train])
+    first = np.array([windows(shard).starts[0] for shard in Shakespeare().load(0).train])
     counts = [np.bincount(np.searchsorted(first, s.starts, "right") - 1, minlength=100) for s in shards]
     sizes = np.array([[len(shard)] for shard in shards])
     shares: np.ndarray = np.stack(counts) / sizes
@@ -346,7 +356,7 @@ def test_packed_and_plain_files_are_the_same(tmp_path: Path) -> None:
     plain = Path(write(tmp_path, {"p|R": "caf\u00e9 \n " + speech(1000)}))
     packed = tmp_path / "roles.json.xz"
     packed.write_bytes(lzma.compress(plain.read_bytes()))
-    texts = [decode(Shakespeare(path=str(path)).load(0).train[0].ids) for path in (plain, packed)]
+    texts = [decode(windows(Shakespeare(path=str(path)).load(0).train[0]).ids) for path in (plain, packed)]
     assert texts == ["cafe " + speech(1000)] * 2
 
 

@@ -182,7 +182,7 @@ def _train_depth(
     device = _device(job.device)
     spec = job.spec(depth)
     params = {name: tensor.to(device).requires_grad_() for name, tensor in _start(job, index, folder).items()}
-    optimizer = _optimizer(params, job.weight_decay)
+    optimizer = _optimizer(spec, params, job.weight_decay)
     first, curve = _resume(folder, params, optimizer, recipe)
     sums, tick = [0.0, 0], time.perf_counter()
     for step in range(first, steps):
@@ -250,11 +250,13 @@ def _start(job: Pretrain, index: int, folder: Path) -> Params:
     return model.init(job.spec(job.depths[index]), torch.Generator().manual_seed(seed))
 
 
-def _optimizer(params: Params, weight_decay: float) -> torch.optim.AdamW:
-    decays = {name: "embed" in name or (name.endswith("weight") and "norm" not in name) for name in params}
-    matrices = [p for name, p in params.items() if decays[name]]
-    vectors = [p for name, p in params.items() if not decays[name]]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _optimizer(spec: Spec, params: Params, weight_decay: float) -> torch.optim.AdamW:
+    rows = model.layout(spec).params
+    vectors = {name for name in params if rows[name].part == "norm" or name.endswith("bias")}
+    groups = [
+        {"params": [p for name, p in params.items() if name not in vectors], "weight_decay": weight_decay},
+        {"params": [p for name, p in params.items() if name in vectors], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
@@ -287,8 +289,7 @@ def _resume(
         for name, p in params.items():
             p.copy_(tensors[name])
             optimizer.state[p] = {
-                key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[f"{key}/{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
     return int(manifest["step"]), manifest["curve"]
 

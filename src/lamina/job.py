@@ -12,7 +12,7 @@ from lamina.layout import Params
 from lamina.plan import Plan
 from lamina.turn import generator
 
-OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adamw": 2}
+_STATES = {"sgd": (0, 0), "momentum": (1, 0), "adamw": (2, 1)}
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Local:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
 
     @property
-    def states(self) -> int:
-        """Optimizer states per trained element."""
-        return OPTIMIZER_STATES["momentum" if self.momentum else self.optimizer]
+    def states(self) -> tuple[int, int]:
+        """Numbers the optimizer keeps per trained element, and per trained tensor besides."""
+        return _STATES["momentum" if self.momentum else self.optimizer]
 
     def round_steps(self, examples: int) -> int:
         """Steps of one round on a shard of so many examples."""
@@ -118,7 +118,7 @@ class Job:
         turn: Who and when.
         plan: What to hold and train.
         local: How.
-        arrays: The held tensors, at the shapes of the plan.
+        arrays: The held tensors, at the shapes of the plan. They are the device's own: it trains them in place.
     """
 
     turn: Turn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from lamina import client
 from lamina.data.task import Shard
@@ -27,4 +28,6 @@ class LocalEngine:
                 pool.shutdown(cancel_futures=True)
 
     def _train(self, job: Job) -> Update:
-        return client.train(job, self._shards[job.turn.device], self._spec)
+        """Train on copies of what the device changes; the frozen tensors are shared by all."""
+        arrays = {name: p.clone() if name in job.plan.trains else p for name, p in job.arrays.items()}
+        return client.train(replace(job, arrays=arrays), self._shards[job.turn.device], self._spec)

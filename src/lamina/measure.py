@@ -1,0 +1,209 @@
+"""What a local round really takes: live tensor bytes by category, and resident memory, in a fresh process.
+
+A dispatch mode sees every tensor that torch makes and a finalizer sees it go, which needs no support from the code that
+is measured. (PyTorch's own `MemTracker` raises when the lowest layers are frozen.) What kernels allocate inside while
+they run is not seen; it is in the resident memory.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lamina import client, model
+from lamina.cost import Memory
+from lamina.job import Job, Local, Turn
+from lamina.model import Lora, Spec
+from lamina.plan import Plan
+from lamina.timeline import Storage, Timeline
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A local round as it was.
+
+    Attributes:
+        memory: Live tensor bytes at the peak, by category.
+        moment: The kernel that ran at the peak.
+        rss_bytes: Growth of the resident memory of the process over what it was before the round; 0 where the system
+            does not tell.
+    """
+
+    memory: Memory
+    moment: str
+    rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, keys as in `Cost.to_json`."""
+        return {
+            "memory_bytes": self.memory.total,
+            "memory": {f"{category}_bytes": value for category, value in asdict(self.memory).items()},
+            "peak_moment": self.moment,
+            "rss_bytes": self.rss_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Examples of random tokens: memory does not depend on what they say."""
+
+    examples: int
+    tokens: int
+    vocab: int
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return self.examples
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, int64 [rows, tokens] each."""
+        drawn = np.random.default_rng(int(rows[0])).integers(0, self.vocab, (2, len(rows), self.tokens))
+        return drawn[0].copy(), drawn[1].copy()
+
+
+def measure(spec: Spec, plan: Plan, local: Local, tokens: int) -> Measured:
+    """Run two local steps of a plan, on random weights and tokens, in a fresh process, and watch.
+
+    Raises:
+        RuntimeError: The process failed; the message ends with what it said.
+    """
+    request = {"spec": asdict(spec), "plan": plan.to_json(), "local": asdict(local), "tokens": tokens}
+    command = [sys.executable, "-m", "lamina.measure"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring {plan.label!r} failed: {done.stderr.strip()[-500:]}")
+    answer = json.loads(done.stdout)
+    return Measured(Memory(**answer["memory"]), answer["moment"], answer["rss_bytes"])
+
+
+def watch(spec: Spec, plan: Plan, local: Local, tokens: int) -> Timeline:
+    """Two local steps in this process: when each tensor was born and freed."""
+    job, shard = _work(spec, plan, local, tokens)
+    with _Watch() as watched:
+        for array in job.arrays.values():
+            watched.see(array, "weights")
+        client.train(job, shard, spec)
+    return watched.timeline
+
+
+def _work(spec: Spec, plan: Plan, local: Local, tokens: int) -> tuple[Job, Noise]:
+    layout = model.layout(spec)
+    generator = torch.Generator().manual_seed(0)
+    arrays = {n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in layout.params if n in plan.holds}
+    two_steps = Local(**asdict(local) | {"steps": 2})
+    return Job(Turn(0, 0, 1, 0), plan, two_steps, arrays), Noise(2 * local.batch_size, tokens, spec.vocab)
+
+
+class _Watch(TorchDispatchMode):
+    """Writes a timeline of all tensor memory while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.timeline = Timeline()
+        self._known: dict[int, Storage] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def see(self, tensor: torch.Tensor, category: str = "temporary") -> Storage:
+        """The storage of a tensor, which is born now if it was not known."""
+        memory = tensor.untyped_storage()
+        key = memory._cdata
+        if key not in self._known:
+            storage = self._known[key] = Storage(memory.nbytes(), category)
+            self.timeline.born(storage)
+            weakref.finalize(memory, self._gone, key)
+        return self._known[key]
+
+    def _gone(self, key: int) -> None:
+        self.timeline.died(self._known.pop(key))
+
+    def __enter__(self) -> _Watch:
+        kept = torch.autograd.graph.saved_tensors_hooks(self._kept, lambda tensor: tensor)
+        kept.__enter__()
+        handles = [
+            register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._gradients(optimizer)),
+            register_optimizer_step_post_hook(lambda optimizer, args, kwargs: self._states(optimizer)),
+        ]
+        self._undo = [lambda: kept.__exit__(None, None, None), *(handle.remove for handle in handles)]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for undo in self._undo:
+            undo()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the kernel, then look at what it made."""
+        self.timeline.moment = str(func)
+        out = func(*args, **(kwargs or {}))
+        for each in tree_iter(out):
+            if isinstance(each, torch.Tensor):
+                self.see(each)
+        return out
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = self.see(tensor)
+        if storage.category == "temporary":
+            storage.category = "activations"
+        return tensor
+
+    def _gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                self.see(p.grad).category = "gradients"
+
+    def _states(self, optimizer: torch.optim.Optimizer) -> None:
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    self.see(value).category = "optimizer"
+
+
+def _resident_peak() -> int:
+    """Largest resident memory since `_forget_peak`, in bytes; 0 where /proc does not tell."""
+    try:
+        with open("/proc/self/status") as file:
+            line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 0
+
+
+def _forget_peak() -> None:
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def _main() -> None:
+    """Answer one request: the round once plainly, for resident memory, and once watched."""
+    torch.set_num_threads(1)
+    request = json.load(sys.stdin)
+    lora = request["spec"].pop("lora")
+    spec = Spec(**request["spec"], lora=Lora(**lora | {"targets": tuple(lora["targets"])}) if lora else None)
+    plan, local, tokens = Plan.from_json(request["plan"]), Local(**request["local"]), request["tokens"]
+    _forget_peak()
+    before = _resident_peak()
+    job, shard = _work(spec, plan, local, tokens)
+    client.train(job, shard, spec)
+    rss = _resident_peak() - before
+    del job
+    peak, moment = watch(spec, plan, local, tokens).peak()
+    json.dump({"memory": peak, "moment": moment, "rss_bytes": rss}, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

@@ -104,7 +104,8 @@ def load(folder: Path, spec: Spec | None = None) -> tuple[Spec, Params]:
         theirs = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error
-    theirs.setdefault("lm_head.weight", theirs.get("transformer.wte.weight", torch.empty(0)))
+    if "lm_head.weight" not in theirs and "transformer.wte.weight" in theirs:
+        theirs["lm_head.weight"] = theirs["transformer.wte.weight"].clone()
     layout = model.layout(spec)
     params: Params = {}
     for name in layout.params:
@@ -142,17 +143,25 @@ def _fetch(theirs: dict[str, Tensor], name: str, spec: Spec, path: Path) -> Tens
     source, part = _source(name)
     if source not in theirs:
         raise UserError(f"{path}: tensor {source} is missing")
-    tensor = theirs[source]
+    tensor, wanted = theirs[source], _their_shape(spec, name)
+    if tuple(tensor.shape) != wanted:
+        raise UserError(f"{path}: {source} has shape {tuple(tensor.shape)}; {CONFIG} asks for {wanted}")
     if part is not None:
-        if tensor.shape[-1:] != (3 * spec.embed,):
-            raise UserError(f"{path}: {source} has shape {tuple(tensor.shape)}, not [..., {3 * spec.embed}]")
         tensor = tensor.chunk(3, dim=-1)[part]
-    if tensor.dim() == 2 and ".h." in source:
-        tensor = tensor.T
-    wanted = model.layout(spec).shape(name)
-    if tensor.numel() != model.layout(spec).numel(name):
-        raise UserError(f"{path}: {source} has shape {tuple(theirs[source].shape)}; {name} needs {wanted}")
-    return tensor
+    return tensor.T if tensor.dim() == 2 and ".h." in source else tensor
+
+
+def _their_shape(spec: Spec, name: str) -> tuple[int, ...]:
+    """Shape of the tensor of theirs that one of ours is in; in blocks, matrices are [in, out]."""
+    layout = model.layout(spec)
+    source, part = _source(name)
+    if ".h." not in source:
+        return layout.shape(name)
+    stem, _, end = name.rpartition(".")
+    rows = layout.numel(f"{stem}.bias")
+    out = rows if part is None else 3 * rows
+    is_vector = end == "bias" or layout.params[name].part == "norm"
+    return (out,) if is_vector else (layout.numel(name) // rows, out)
 
 
 def _theirs(spec: Spec, params: Params) -> Iterator[tuple[str, Tensor]]:

@@ -83,27 +83,30 @@ def _play(current: Run, view: View) -> dict[str, Any]:
 
 
 @app.command()
-def plan(file: File, overrides: Set = NOTHING, as_json: Json = False) -> None:
+def plan(
+    file: File,
+    overrides: Set = NOTHING,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Run two steps of each plan and measure its peak.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show which network is chosen and what every device class trains; trains nothing."""
     from lamina import config, tables
-    from lamina.experiment import look_ahead
+    from lamina.experiment import look_ahead, measure_classes
     from lamina.view import View
 
-    outlook = look_ahead(config.load_experiment(file, overrides))
-    result = {
-        "schema": "lamina.plan/1",
-        "network": outlook.network_json(),
-        "classes": outlook.classes_json(),
-    }
+    experiment = config.load_experiment(file, overrides)
+    outlook = look_ahead(experiment)
+    network, classes = outlook.network_json(), outlook.classes_json()
+    if measured:
+        for row, found in zip(classes, measure_classes(experiment, outlook), strict=True):
+            row["measured"] = found
     if as_json:
-        _print_json(result)
+        _print_json({"schema": "lamina.plan/1", "network": network, "classes": classes})
         return
     view = View()
-    for table in (
-        tables.networks(outlook.network_json()),
-        tables.classes(outlook.classes_json()),
-        tables.memory(outlook.classes_json()),
-    ):
+    for table in (tables.networks(network), tables.classes(classes), tables.memory(classes)):
         view.table(table)
 
 
@@ -179,3 +182,6 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -16,8 +16,8 @@ def train(job: Job, shard: Shard, spec: Spec) -> Update:
     """Run the local steps of one round.
 
     The blocks below the lowest trained one run without gradients: nothing of them is kept, and they get neither
-    gradients nor optimizer state. The trained tensors of the job are changed in place, so that a device never holds them
-    twice.
+    gradients nor optimizer state. The trained tensors of the job are changed in place, so that a device never
+    holds them twice.
 
     Args:
         job: What to train, from where, how.

@@ -143,7 +143,7 @@ def nearest(given: str, accepted: Iterable[str]) -> str:
 def _toml(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -173,11 +173,11 @@ def _override(table: dict[str, Any], text: str) -> None:
     target: Any = table
     for step in path:
         if isinstance(target, list):
-            named = {each.get("name"): each for each in target}
+            named = {str(each["name"]): each for each in target if isinstance(each, dict) and "name" in each}
             if step not in named:
                 raise UserError(f"--set {text}: no fleet class {step!r}; {nearest(step, named)}")
             target = named[step]
-        else:
+        elif isinstance(target, dict):
             target = target.setdefault(step, {})
     if not isinstance(target, dict):
         raise UserError(f"--set {text}: {'.'.join(path)} is not a table")
@@ -188,7 +188,7 @@ def _build_named(table: Mapping[str, type[T]], values: Any, where: str) -> T:
     """An object of the class that `name` picks from a table of classes."""
     values = dict(values) if isinstance(values, Mapping) else {}
     name = values.pop("name", None)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         given = "name is missing" if name is None else f"unknown name {name!r}"
         raise UserError(f"{where}: {given}; {nearest(str(name), table)}")
     return _build(table[name], values, f"{where} {name}")

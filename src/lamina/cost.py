@@ -1,6 +1,6 @@
 """What a plan costs a device: memory by category at the peak, bytes up and down, operations.
 
-The code that trains (`client.loss` and `lamina.model` below it) is run once more, on shapes instead of numbers. `Ledger`
+The code that trains (`client.loss`, `lamina.model`) is run once more, on shapes instead of numbers. `Ledger`
 implements the same kernels as `model.Ops`, but each one writes down what its real counterpart allocates, keeps for the
 backward pass, and computes. A shape lives exactly as long as the tensor it stands for, since the same Python names hold
 it; the backward pass is replayed from the tape. Nothing is measured, no weights are needed, and a change of the model
@@ -86,9 +86,14 @@ class Cost:
             "up_bytes": self.up_bytes,
             "down_bytes": self.down_bytes,
             "flops": self.flops,
-            "memory": {f"{category}_bytes": value for category, value in asdict(self.memory).items()},
-            "peak_moment": self.moment,
+            **peak_json(self.memory, self.moment),
         }
+
+
+def peak_json(memory: Memory, moment: str) -> dict[str, Any]:
+    """The peak, its split and its moment, predicted or measured."""
+    split = {f"{category}_bytes": value for category, value in asdict(memory).items()}
+    return {"memory": split, "peak_bytes": memory.total, "peak_moment": moment}
 
 
 def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
@@ -99,7 +104,7 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
         plan: What the device holds and trains.
         local: Batch size and optimizer.
         tokens: Sequence length.
-        steps: Optimizer steps in the round.
+        steps: Optimizer steps in the round, at least one.
 
     Returns:
         The price, from shapes alone.
@@ -111,7 +116,8 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
     trained = sum(params[name].numel() for name in plan.trains)
     boundary = plan.first_trained(layout)
     states = []
-    for step in range(min(steps, 2)):  # all further steps are like the second
+    simulated = min(steps, 2)  # all further steps are like the second
+    for step in range(simulated):
         ledger.step(spec, params, local.batch_size, tokens, boundary)
         if step == 0:
             ledger.timeline.moment = "update"
@@ -119,7 +125,7 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
             numbers = per_element * trained + per_tensor * len(plan.trains)
             states = [ledger.new(FLOAT_BYTES * numbers, "optimizer")]
         ledger.gradients.clear()
-    flops, saved_bytes = ledger.flops // min(steps, 2), ledger.saved_bytes // min(steps, 2)
+    flops, saved_bytes = ledger.flops // simulated, ledger.saved_bytes // simulated
     peak, moment = ledger.timeline.peak()
     del states
     return Cost(Memory(**peak), moment, saved_bytes, FLOAT_BYTES * trained, FLOAT_BYTES * held, steps * flops)

@@ -65,6 +65,15 @@ def load_task(experiment: Experiment) -> Task:
     return experiment.task.load(experiment.seed, assign(experiment.fleet, devices, experiment.seed))
 
 
+def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, Any] | None]:
+    """Per class: what two steps of its plan really take, in a fresh process; None for a class that sits out."""
+    from lamina.measure import measure
+
+    spec, tokens = outlook.chosen.spec, experiment.task.window
+    plans = [choice.plan for choice in outlook.chosen.choices]
+    return [measure(spec, plan, experiment.local, tokens).to_json() if plan else None for plan in plans]
+
+
 def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
     """Price every plan of every candidate network for every class and choose.
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -70,8 +71,8 @@ class DeviceClass:
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
-        if not self.share > 0:
-            raise ValueError(f"share must be above 0, got {self.share}")
+        if not 0 < self.share < math.inf:
+            raise ValueError(f"share must be above 0 and finite, got {self.share}")
         _ = self.budget
 
     @property
@@ -89,10 +90,10 @@ def quantity(key: str, value: str | int) -> int:
     """
     match = _QUANTITY.fullmatch(str(value))
     try:
-        number = float(match[1]) * _UNITS[_unit(match[2])] if match else math.nan
+        number = Fraction(match[1]) * _UNITS[_unit(match[2])] if match else Fraction(0)
     except ValueError:
-        number = math.nan
-    if not number >= 1:
+        number = Fraction(0)
+    if not 1 <= number < 2**63:
         raise ValueError(f'{key} must be a quantity above 0, such as 64000000 or "61 MiB"; got {value!r}')
     return int(number)
 

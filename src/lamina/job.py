@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -125,6 +125,11 @@ class Job:
     plan: Plan
     local: Local
     arrays: Params
+
+    def owned(self) -> Job:
+        """The same job with copies of what the device will change; the frozen tensors stay shared."""
+        copies = {name: self.arrays[name].clone() for name in self.plan.trains}
+        return replace(self, arrays=self.arrays | copies)
 
 
 @dataclass(frozen=True)

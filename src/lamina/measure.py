@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lamina import client, model
-from lamina.cost import Memory
+from lamina.cost import Memory, peak_json
 from lamina.job import Job, Local, Turn
 from lamina.model import Lora, Spec
 from lamina.plan import Plan
@@ -46,12 +46,7 @@ class Measured:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, keys as in `Cost.to_json`."""
-        return {
-            "memory_bytes": self.memory.total,
-            "memory": {f"{category}_bytes": value for category, value in asdict(self.memory).items()},
-            "peak_moment": self.moment,
-            "rss_bytes": self.rss_bytes,
-        }
+        return peak_json(self.memory, self.moment) | {"rss_bytes": self.rss_bytes}
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,9 @@ def watch(spec: Spec, plan: Plan, local: Local, tokens: int) -> Timeline:
 def _work(spec: Spec, plan: Plan, local: Local, tokens: int) -> tuple[Job, Noise]:
     layout = model.layout(spec)
     generator = torch.Generator().manual_seed(0)
-    arrays = {n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in layout.params if n in plan.holds}
+    arrays = {
+        n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in layout.params if n in plan.holds
+    }
     two_steps = Local(**asdict(local) | {"steps": 2})
     return Job(Turn(0, 0, 1, 0), plan, two_steps, arrays), Noise(2 * local.batch_size, tokens, spec.vocab)
 

@@ -152,7 +152,7 @@ def merge(params: Params, layout: Layout, votes: Iterable[Vote], absent: Absent)
 
 def _mean(old: Tensor, layout: Layout, name: str, voters: list[Vote], total: float | None) -> Tensor:
     """Mean of one tensor over its voters; with `total`, the weight that is missing there votes for `old`."""
-    sums = torch.zeros(old.shape, dtype=torch.float64)
+    sums = torch.full(old.shape, -0.0, dtype=torch.float64)  # -0.0 + x is x for every x, -0.0 included
     weights = torch.zeros((), dtype=torch.float64)
     for vote in voters:
         index = vote.plan.index(layout, name)

@@ -149,7 +149,7 @@ def choose_network(
         if choice.plan is None and group.devices
     ]
     nearest, group, choice = min(misfits, key=lambda misfit: misfit[2].cost.memory_bytes)
-    needs = {name: human(name, getattr(choice.cost, name)) for name in choice.binding}
+    needs = {name: human(name, getattr(choice.cost, name), up=True) for name in choice.binding}
     shortfalls = [
         f"needs {size} of {RESOURCES[name]}, the budget is {human(name, getattr(group.budget, name))}"
         for name, size in needs.items()
@@ -163,7 +163,8 @@ def choose_network(
     halves = (local.batch_size >> power for power in range(1, local.batch_size.bit_length()))
     for size in halves:
         smaller = replace(local, batch_size=size)
-        if choose_plan(method, nearest.spec, group.budget, smaller, tokens, steps, Turn(0, 0, 1)).plan:
+        more = steps if local.steps else -(-steps * local.batch_size // size)  # as many passes over the data
+        if choose_plan(method, nearest.spec, group.budget, smaller, tokens, more, Turn(0, 0, 1)).plan:
             remedies.insert(0, f"local.batch_size = {size}")
             break
     raise UserError(f"{text}; try {', '.join(remedies[:-1])} or {remedies[-1]}")

@@ -29,6 +29,7 @@ from lamina.layout import Params
 from lamina.model import Spec
 from lamina.turn import generator
 
+REPORT = "pretraining.json"
 _SLICES, _HELD_OUT_EVERY = 1000, 100
 
 
@@ -133,7 +134,10 @@ def pretrain(job: Pretrain) -> Iterator[Progress]:
     del recipe["out"], recipe["device"]
     for index, depth in enumerate(job.depths):
         folder = Path(job.out) / f"{job.name}-{depth}"
-        if not (folder / checkpoint.WEIGHTS).exists():
+        if (folder / checkpoint.CONFIG).exists():  # what is written last
+            made_by = json.loads((folder / REPORT).read_text()) if (folder / REPORT).exists() else {}
+            _demand_recipe(folder, made_by.get("recipe"), recipe)
+        else:
             yield from _train_depth(job, index, folder, train_ids, val_ids, recipe)
 
 
@@ -282,8 +286,7 @@ def _resume(
     if not path.exists():
         return 0, []
     manifest = checkpoint.read_manifest(path)
-    if manifest["recipe"] != json.loads(json.dumps(recipe)):
-        raise UserError(f"{path} was made by another recipe; move the folder away or restore the recipe")
+    _demand_recipe(folder, manifest["recipe"], recipe)
     tensors = load_file(path)
     with torch.no_grad():
         for name, p in params.items():
@@ -292,6 +295,11 @@ def _resume(
                 key: tensors[f"{key}/{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
     return int(manifest["step"]), manifest["curve"]
+
+
+def _demand_recipe(folder: Path, made_by: object, recipe: dict[str, object]) -> None:
+    if made_by != json.loads(json.dumps(recipe)):
+        raise UserError(f"{folder} was made by another recipe; move the folder away or restore the recipe")
 
 
 def _finish(
@@ -314,6 +322,6 @@ def _finish(
         "torch": torch.__version__,
         "curve": curve,
     }
-    files.write_json(folder / "pretraining.json", report)
+    files.write_json(folder / REPORT, report)
     checkpoint.write(folder, spec, half, torch.float16, {"alphabet": ALPHABET})
     (folder / "state.safetensors").unlink(missing_ok=True)

@@ -296,10 +296,14 @@ def _first_state(experiment: Experiment, outlook: Outlook) -> State:
 
 def _new_folder(experiment: Experiment, root: Path) -> Path:
     digest = files.digest(config.dump(experiment.to_table()).encode())[:8]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run folders cannot go to {root}: {error.strerror}") from error
     for count in range(1, sys.maxsize):
         folder = root / (f"{experiment.name}-{digest}" + (f"-{count}" if count > 1 else ""))
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 from lamina import model
 from lamina.config import Experiment
-from lamina.cost import FLOAT_BYTES, Cost, cost
+from lamina.cost import FLOAT_BYTES
 from lamina.engines import Engine
 from lamina.experiment import Outlook
 from lamina.job import Job, Turn, Update
@@ -50,7 +50,7 @@ class DeviceRow:
         trained_blocks: Blocks it trained.
         loss: Mean local training loss in nats; None without a usable update.
         examples: Of its shard.
-        steps: It took.
+        steps: It was to take.
         down_bytes: It had to receive.
         up_bytes: It sent.
         flops: It computed.
@@ -94,42 +94,69 @@ def play_round(
     Returns:
         The state after the round, and a row per device of the cohort in ascending order.
     """
-    spec = outlook.chosen.spec
-    layout = model.layout(spec)
-    jobs: dict[int, Job] = {}
-    rows: dict[int, DeviceRow] = {}
-    for device in draw_cohort(experiment, outlook, state.round):
-        turn = Turn(experiment.seed, state.round, experiment.rounds, device)
-        group = outlook.class_of[device]
-        steps = experiment.local.round_steps(examples[device])
-        budget = outlook.groups[group].budget
-        plan = choose_plan(experiment.method, spec, budget, experiment.local, experiment.task.window, steps, turn).plan
-        if plan is None:
-            rows[device] = DeviceRow(device, group, None, 0)
-            continue
-        jobs[device] = Job(turn, plan, experiment.local, narrow(state.params, layout, plan))
-        down = sum(
-            FLOAT_BYTES * jobs[device].arrays[name].numel()
-            for name in plan.holds
-            if device not in state.seen or state.changed[name] > state.seen[device]
-        )
-        rows[device] = DeviceRow(device, group, plan.label, plan.trained_blocks(layout), down_bytes=down)
+    layout = model.layout(outlook.chosen.spec)
+    jobs, rows, flops = _ask(experiment, outlook, examples, state)
     votes = []
-    pending = dict(jobs)
+    pending = set(jobs)
     for done, update in enumerate(engine.run(jobs.values()), 1):
         device = update.turn.device
-        job = pending.pop(device, None)
-        if job is None:  # never asked, or answered before: an engine may deliver twice
+        if device not in pending:  # never asked, or answered before: an engine may deliver twice
             continue
+        job = jobs[device]
+        if update.turn != job.turn:  # late; the answer that was asked for may still come
+            rows[device] = replace(rows[device], rejected="answers another round")
+            continue
+        pending.remove(device)
         rejected = fault(update, job, layout)
-        rows[device] = _account(rows[device], update, job, rejected, spec, experiment.task.window)
+        rows[device] = replace(
+            rows[device],
+            loss=update.loss if rejected is None else None,
+            up_bytes=sum(array.numel() * array.element_size() for array in update.arrays.values()),
+            flops=flops[device],
+            rejected=rejected,
+        )
         if rejected is None:
             votes.append(Vote(device, job.plan, update.arrays, experiment.method.weight(update)))
         progress(done, len(jobs))
-    for device in pending:
-        rows[device] = replace(rows[device], rejected="no update came")
     params = merge(state.params, layout, votes, experiment.method.absent) if votes else state.params
     return _after(state, params, jobs, votes, rows), [rows[device] for device in sorted(rows)]
+
+
+def _ask(
+    experiment: Experiment, outlook: Outlook, examples: Sequence[int], state: State
+) -> tuple[dict[int, Job], dict[int, DeviceRow], dict[int, int]]:
+    """The jobs of a round, a row per device of the cohort as if no update came, and the operations of each job."""
+    spec, local, tokens = outlook.chosen.spec, experiment.local, experiment.task.window
+    layout = model.layout(spec)
+    jobs: dict[int, Job] = {}
+    rows: dict[int, DeviceRow] = {}
+    flops: dict[int, int] = {}
+    for device in draw_cohort(experiment, outlook, state.round):
+        turn = Turn(experiment.seed, state.round, experiment.rounds, device)
+        group = outlook.class_of[device]
+        steps = local.round_steps(examples[device])
+        choice = choose_plan(experiment.method, spec, outlook.groups[group].budget, local, tokens, steps, turn)
+        if choice.plan is None:
+            rows[device] = DeviceRow(device, group, None, 0)
+            continue
+        jobs[device] = Job(turn, choice.plan, local, narrow(state.params, layout, choice.plan))
+        flops[device] = choice.cost.flops
+        fresh = device not in state.seen
+        rows[device] = DeviceRow(
+            device,
+            group,
+            choice.plan.label,
+            choice.plan.trained_blocks(layout),
+            examples=examples[device],
+            steps=steps,
+            down_bytes=sum(
+                FLOAT_BYTES * array.numel()
+                for name, array in jobs[device].arrays.items()
+                if fresh or state.changed[name] > state.seen[device]
+            ),
+            rejected="no update came",
+        )
+    return jobs, rows, flops
 
 
 def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int) -> list[int]:
@@ -141,8 +168,6 @@ def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int) -> list[i
 
 def fault(update: Update, job: Job, layout: Layout) -> str | None:
     """What is wrong with an update, judged by the plan its device was sent; None if nothing is."""
-    if update.turn != job.turn:
-        return "answers another round"
     names = set(update.arrays)
     if names != job.plan.trains:
         odd = sorted(names ^ job.plan.trains)[0]
@@ -154,25 +179,9 @@ def fault(update: Update, job: Job, layout: Layout) -> str | None:
             return f"{name} holds values that are not finite"
     if not math.isfinite(update.loss):
         return "its training loss is not finite"
-    if update.examples < 1 or update.steps < 1:
+    if not all(isinstance(count, int) and count >= 1 for count in (update.examples, update.steps)):
         return f"says it used {update.examples} examples in {update.steps} steps"
     return None
-
-
-def _account(
-    row: DeviceRow, update: Update, job: Job, rejected: str | None, spec: model.Spec, tokens: int
-) -> DeviceRow:
-    """The row of a device with what its update cost."""
-    spent: Cost = cost(spec, job.plan, job.local, tokens, update.steps)
-    return replace(
-        row,
-        loss=update.loss if rejected is None else None,
-        examples=update.examples,
-        steps=update.steps,
-        up_bytes=sum(array.numel() * array.element_size() for array in update.arrays.values()),
-        flops=spent.flops,
-        rejected=rejected,
-    )
 
 
 def _after(

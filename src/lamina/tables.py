@@ -60,13 +60,20 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def memory(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Per class: memory by category."""
+    """Per class: memory by category at the peak, and, where it was measured, beside it what it was."""
     categories = list(rows[0]["predicted"]["memory"])
-    lines = [
-        (row["name"], *(human("bytes", row["predicted"]["memory"][category]) for category in categories))
-        for row in rows
-    ]
-    return Table("Memory by category", ("class", *(c.removesuffix("_bytes") for c in categories)), lines)
+
+    def line(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+        sizes = (human("bytes", found["memory"][category]) for category in categories)
+        return name, *sizes, human("bytes", found["peak_bytes"]), found["peak_moment"]
+
+    lines = []
+    for row in rows:
+        lines.append(line(row["name"], row["predicted"]))
+        if row.get("measured"):
+            lines.append(line(f"{row['name']}, measured", row["measured"]))
+    heads = (category.removesuffix("_bytes") for category in categories)
+    return Table("Memory at the peak, predicted", ("class", *heads, "all", "when"), lines)
 
 
 def accuracy(summary: Mapping[str, Any]) -> Table:

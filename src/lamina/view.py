@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from lamina.pretrain import Pretrain
 from lamina.pretrain import Progress as Point
@@ -39,9 +40,9 @@ class View:
             pad_edge=False,
         )
         for index, head in enumerate(table.head):
-            drawn.add_column(head, justify="left" if index < table.left else "right")
+            drawn.add_column(head, justify="left" if index < table.left else "right", overflow="fold")
         for row in table.rows:
-            drawn.add_row(*row)
+            drawn.add_row(*map(Text, row))
         self.console.print(table.title, style="bold", markup=False)
         self.console.print(drawn)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from lamina import client
 from lamina.data.task import Shard
@@ -28,6 +27,4 @@ class LocalEngine:
                 pool.shutdown(cancel_futures=True)
 
     def _train(self, job: Job) -> Update:
-        """Train on copies of what the device changes; the frozen tensors are shared by all."""
-        arrays = {name: p.clone() if name in job.plan.trains else p for name, p in job.arrays.items()}
-        return client.train(replace(job, arrays=arrays), self._shards[job.turn.device], self._spec)
+        return client.train(job.owned(), self._shards[job.turn.device], self._spec)

@@ -1,0 +1,175 @@
+"""A world small enough for tests: random networks of one to four blocks, six roles, an experiment, a set of devices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lamina import checkpoint, client, config, model
+from lamina.cost import Cost, cost
+from lamina.data.task import Shard
+from lamina.data.text import ALPHABET
+from lamina.job import Job, Local, Turn, Update
+from lamina.layout import Params
+from lamina.methods import METHODS, Method
+from lamina.methods.blocks import Caff
+from lamina.methods.lora import FedLora
+from lamina.model import Spec
+from lamina.run import Run, start
+from lamina.server import DeviceRow, State, play_round
+from lamina.turn import generator
+
+Table = dict[str, Any]
+
+WINDOW, STEPS, TURN = 16, 3, Turn(seed=0, round=0, rounds=1)
+LOCAL = Local(lr=0.02, steps=STEPS, batch_size=4)  # AdamW: even gradients that vanish but for rounding move a tensor
+
+VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items()} | {
+    "caff without head": Caff(train_head=False, train_embeddings=False),
+    "lora qv": FedLora(targets="qv"),
+    "lora budget": FedLora(depth="budget"),
+    "lora depth 1": FedLora(depth=1),
+}
+
+
+def spec(blocks: int) -> Spec:
+    """Sizes of `tiny-<blocks>`: 2048 weights in the embeddings, 3280 per block, 1568 in the final norm and the head."""
+    return Spec(blocks, embed=16, heads=2, head_dim=8, ffn=64, vocab=len(ALPHABET), positions=32)
+
+
+def weights(spec: Spec, seed: int = 0) -> Params:
+    """Random weights in which nothing is zero or one, LoRA's B and the norms included."""
+    rng = torch.Generator().manual_seed(seed)
+    return {name: p + 0.05 * torch.randn(p.shape, generator=rng) for name, p in model.init(spec, rng).items()}
+
+
+def write_network(folder: Path, blocks: int) -> Path:
+    """The network `tiny-<blocks>` in `folder`."""
+    path = folder / f"tiny-{blocks}"
+    checkpoint.write(path, spec(blocks), weights(spec(blocks), blocks), torch.float32, {"alphabet": ALPHABET})
+    return path
+
+
+def write_roles(folder: Path, devices: int = 6) -> Path:
+    """Roles of 256, 304, 352 ... characters of made-up speech: 14, 16, 19 ... training windows."""
+    path, words = folder / "roles.json", ["the", "king", "is", "dead", "long", "live", "a", "queen", "and"]
+    roles = {}
+    for i in range(devices):
+        drawn = generator("roles", i).choice(words, 200)
+        roles[f"PLAY|ROLE{i}"] = " ".join(drawn)[: 256 + 48 * i]
+    path.write_text(json.dumps(roles), encoding="utf-8")
+    return path
+
+
+def write_world(folder: Path, **changes: Any) -> Table:
+    """Networks `tiny-1` to `tiny-4` and the roles in `folder`, and the tables of an experiment on `tiny-2` and `-3`."""
+    for blocks in range(1, 5):
+        write_network(folder, blocks)
+    table: Table = {
+        "name": "tiny",
+        "rounds": 3,
+        "cohort": 4,
+        "workers": 1,
+        "networks": [str(folder / "tiny-2"), str(folder / "tiny-3")],
+        "task": {
+            "name": "shakespeare",
+            "path": str(write_roles(folder)),
+            "devices": 6,
+            "window": WINDOW,
+            "stride": WINDOW,
+            "scored": 4,
+            "min_windows": 8,
+        },
+        "method": {"name": "caff"},
+        "local": {"lr": LOCAL.lr, "steps": STEPS, "batch_size": LOCAL.batch_size},
+        "fleet": [{"name": "strong"}, {"name": "weak", "memory": memory(3, 1)}],
+    }
+    return table | changes
+
+
+def prices(method: Method, blocks: int, local: Local = LOCAL) -> dict[int, Cost]:
+    """What a method's plans for `tiny-<blocks>` cost, by the number of blocks they train."""
+    adapted = method.adapt(spec(blocks))
+    layout = model.layout(adapted)
+    plans = {plan.trained_blocks(layout): plan for plan in method.plans(layout, TURN)}
+    return {trained: cost(adapted, plan, local, WINDOW, STEPS) for trained, plan in plans.items()}
+
+
+def memory(blocks: int, trained: int, local: Local = LOCAL) -> int:
+    """Bytes that CAFF needs to train the last blocks of `tiny-<blocks>`: a budget that fits just so."""
+    return prices(Caff(), blocks, local)[trained].memory_bytes
+
+
+def begin(table: Table, folder: Path) -> Run:
+    """The run of an experiment's tables, in a new folder under `folder`."""
+    return start(config.experiment(table, "test"), folder)
+
+
+class Devices:
+    """An engine whose devices train as they should; `answer` may then send something else, or nothing.
+
+    Attributes:
+        jobs: All that it was asked.
+    """
+
+    def __init__(
+        self, run: Run, answer: Callable[[Update], Iterable[Update]] = lambda update: [update], shuffle: int = 0
+    ) -> None:
+        """Simulate the devices of a run, answering in another order for each `shuffle`."""
+        self.spec, self.shards, self.answer, self.shuffle = run.outlook.chosen.spec, run.task.train, answer, shuffle
+        self.jobs: list[Job] = []
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update]:
+        """Train all, then answer."""
+        asked = list(jobs)
+        self.jobs += asked
+        updates = [each for job in asked for each in self.answer(self.train(job))]
+        order = generator("order", self.shuffle).permutation(len(updates)) if self.shuffle else range(len(updates))
+        yield from (updates[i] for i in order)
+
+    def train(self, job: Job) -> Update:
+        """What an honest device answers."""
+        shard: Shard = self.shards[job.turn.device]
+        return client.train(job.owned(), shard, self.spec)
+
+
+def play(run: Run, devices: Devices | None = None, state: State | None = None) -> tuple[State, list[DeviceRow]]:
+    """One round from the first state, or from the given one."""
+    examples = [len(shard) for shard in run.task.train]
+    return play_round(run.experiment, run.outlook, examples, devices or Devices(run), state or run.state)
+
+
+def bits(params: Params) -> dict[str, bytes]:
+    """Tensors as bytes, so that equal means bit for bit, the sign of zero included."""
+    return {name: p.detach().contiguous().numpy().tobytes() for name, p in params.items()}
+
+
+def moved(before: Params, after: Params) -> set[str]:
+    """Names of the tensors that are not the same bit for bit."""
+    old, new = bits(before), bits(after)
+    return {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+
+
+def lines(path: Path) -> list[Table]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def outcome(folder: Path) -> Table:
+    """All that a finished run leaves behind, without what depends on the clock and the place."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    del summary["folder"], summary["totals"]["seconds"]
+    manifest = checkpoint.read_manifest(folder / "state.safetensors")
+    return {
+        "summary": summary,
+        "rounds": [line | {"seconds": None} for line in lines(folder / "rounds.jsonl")],
+        "devices": lines(folder / "devices.jsonl"),
+        "state": bits(load_file(folder / "state.safetensors")),
+        "manifest": {key: value for key, value in manifest.items() if key not in ("seconds", "lengths")},
+        "model": (folder / "model" / checkpoint.WEIGHTS).read_bytes(),
+    }

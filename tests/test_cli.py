@@ -1,0 +1,342 @@
+"""The command line: exit codes, one line for bad input, JSON alone where JSON was asked for."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Table, begin, lines, memory, outcome, write_world
+
+from lamina import cli, config, files, run, server
+from lamina.errors import UserError
+from lamina.methods import METHODS
+from lamina.units import human
+
+Call = Callable[..., tuple[int | str | None, str, str]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return write_world(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture
+def file(world: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The experiment as a file, with the networks by relative, short names."""
+    monkeypatch.chdir(Path(world["task"]["path"]).parent)
+    path = tmp_path / "tiny.toml"
+    path.write_text(config.dump(world | {"networks": ["tiny-2", "tiny-3"]}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def lamina(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Exit code, standard output and standard error of the command with some arguments."""
+
+    def call(*arguments: object) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lamina", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+def short_text(table: Table, folder: Path) -> None:
+    path = folder / "short.json"
+    path.write_text('{"PLAY|MUTE": "to be or"}', encoding="utf-8")
+    table["task"]["path"] = str(path)
+
+
+def truncated(table: Table, folder: Path) -> None:
+    write_world(folder)
+    path = folder / "tiny-3" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    table["networks"] = [str(folder / "tiny-3")]
+
+
+def broken_config(table: Table, folder: Path) -> None:
+    write_world(folder)
+    (folder / "tiny-3" / "config.json").write_text("{", encoding="utf-8")
+    table["networks"] = [str(folder / "tiny-3")]
+
+
+def short_network(table: Table, folder: Path) -> None:
+    write_world(folder)
+    path = folder / "tiny-3" / "config.json"
+    path.write_text(path.read_text().replace('"n_positions": 32', '"n_positions": 8'), encoding="utf-8")
+    table["networks"] = [str(folder / "tiny-3")]
+
+
+def put(key: str, value: object, part: str | None = None) -> Callable[[Table, Path], None]:
+    def change(table: Table, folder: Path) -> None:
+        (table[part] if part else table)[key] = value
+
+    return change
+
+
+BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
+    "unknown key": (put("round", 3), "unknown key 'round'; did you mean 'rounds'?"),
+    "misspelt method": (put("name", "caf", "method"), "unknown name 'caf'; did you mean 'caff'?"),
+    "zero budget": (put("fleet", [{"name": "weak", "memory": 0}]), "memory must be a quantity above 0"),
+    "nan": (put("lr", float("nan"), "local"), "lr = nan is not accepted: Input should be a finite number"),
+    "nothing fits": (put("fleet", [{"name": "weak", "memory": 1000}]), "class 'weak' fits no plan of tiny-2"),
+    "no network": (put("networks", ["tiny-9"]), "no network 'tiny-9': it is neither a folder"),
+    "too short a network": (short_network, "has 96 symbols and 8 positions; the task needs"),
+    "too large a cohort": (put("cohort", 7), "cohort = 7 is more than the 6 devices there are"),
+    "no text": (put("path", "nowhere.json", "task"), "nowhere.json does not exist"),
+    "too many devices": (put("devices", 7, "task"), "task.devices must be at most 6"),
+    "text too short": (short_text, "is long enough: the longest has 8 characters"),
+    "truncated checkpoint": (truncated, "model.safetensors is truncated or not a safetensors file"),
+    "broken config": (broken_config, "config.json is not JSON"),
+}
+
+
+def one_line(said: tuple[int | str | None, str, str], message: str) -> None:
+    code, out, err = said
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert message in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["", "json"])
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=list(BAD))
+def test_bad_input_gives_one_line_and_leaves_nothing(
+    change: Callable[[Table, Path], None], message: str, flags: list[str], file: Path, lamina: Call, tmp_path: Path
+) -> None:
+    table = json.loads(json.dumps(config.load_experiment(file).to_table()))
+    change(table, tmp_path)
+    text = config.dump(table).replace("NaN", "nan")
+    file.write_text(text, encoding="utf-8")
+    out = tmp_path / "out"
+    one_line(lamina("run", file, "--out", out, *flags), message)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "pretrain"])
+def test_a_missing_file_is_named(verb: str, file: Path, lamina: Call, tmp_path: Path) -> None:
+    one_line(lamina(verb, file.with_name("tinny.toml")), f"tinny.toml is not a file; did you mean {file}?")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+@pytest.mark.parametrize("override", ["round=3", "rounds", "method.name=caf", "fleet.weka.memory=1"])
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_bad_settings_give_one_line(verb: str, override: str, file: Path, lamina: Call) -> None:
+    one_line(lamina(verb, file, "--set", override), override.partition("=")[0].split(".")[-1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["tiny.toml", "--resume", "folder"], ["--resume", "folder", "--set", "seed=1"]],
+    ids=["none", "both", "settings"],
+)
+def test_run_takes_a_file_or_a_folder(arguments: list[str], lamina: Call) -> None:
+    one_line(lamina("run", *arguments), "lamina run takes a TOML file, or --resume FOLDER alone")
+
+
+def test_an_out_folder_that_is_a_file_is_refused(file: Path, lamina: Call) -> None:
+    one_line(lamina("run", file, "--out", file), "tiny.toml")
+
+
+def test_short_text_for_pretraining_is_refused(lamina: Call, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be or not", encoding="utf-8")
+    path = tmp_path / "pretrain.toml"
+    out = tmp_path / "out"
+    table = {"text": str(tmp_path / "text.txt"), "out": str(out), "name": "n", "steps": [1], "lr": [0.1], "depths": [1]}
+    path.write_text(config.dump(table), encoding="utf-8")
+    one_line(lamina("pretrain", path), "characters are too few")
+    assert not out.exists()
+
+
+def test_run_shows_tables_and_leaves_a_folder(file: Path, lamina: Call, tmp_path: Path) -> None:
+    code, out, err = lamina("run", file, "--out", tmp_path / "runs", "--set", "rounds=2")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (code, err) == (0, "")
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.toml", "env.json", "rounds.jsonl", "devices.jsonl"),
+        *("state.safetensors", "model", "summary.json", "report.md", ".lock"),
+    }
+    for text in (
+        "tiny-3 *",
+        "strong",
+        "weak",
+        "last 1 of 3",
+        "round   1: loss ",
+        "round   2: loss ",
+        "points",
+        "Totals",
+    ):
+        assert text in out
+    assert config.load_experiment(folder / "config.toml") == config.load_experiment(file, ["rounds=2"])
+
+
+def test_run_json_is_the_summary_alone(file: Path, lamina: Call, tmp_path: Path) -> None:
+    code, out, err = lamina("run", file, "--out", tmp_path / "runs", "--json")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert code == 0
+    assert json.loads(out) == json.loads((folder / "summary.json").read_text())
+    assert "round   3: loss " in err and str(folder.name) in err
+
+
+def test_plan_json_is_what_the_run_will_do(file: Path, lamina: Call, tmp_path: Path) -> None:
+    code, out, err = lamina("plan", file, "--json")
+    plan = json.loads(out)
+    assert (code, err, plan["schema"]) == (0, "", "lamina.plan/1")
+    assert list(plan) == ["schema", "network", "classes"]
+    assert plan["network"] == {
+        "chosen": "tiny-3",
+        "candidates": [
+            {"name": "tiny-2", "blocks": 2, "mean_trained_blocks": 1.5, "feasible": True},
+            {"name": "tiny-3", "blocks": 3, "mean_trained_blocks": 2.0, "feasible": True},
+        ],
+    }
+    strong, weak = plan["classes"]
+    assert strong["budget"] == dict.fromkeys(("memory_bytes", "up_bytes", "down_bytes", "flops"))
+    assert weak["budget"] == strong["budget"] | {"memory_bytes": memory(3, 1)}
+    assert weak["predicted"]["memory_bytes"] == memory(3, 1)
+    assert weak["predicted"]["up_bytes"] == 4 * (3280 + 1568)
+    assert (strong["accuracy"], weak["accuracy"]) == (None, None)
+    _, out, _ = lamina("run", file, "--out", tmp_path, "--json", "--set", "rounds=1")
+    summary = json.loads(out)
+    assert summary["network"] == plan["network"]
+    assert [row | {"accuracy": None} for row in summary["classes"]] == plan["classes"]
+
+
+@pytest.mark.parametrize("budgets", [[], ["--set", "fleet.weak.downlink=99 KiB"]], ids=["", "downlink"])
+def test_plan_shows_the_numbers_of_its_json(budgets: list[str], file: Path, lamina: Call) -> None:
+    _, out, _ = lamina("plan", file, "--json", *budgets)
+    plan = json.loads(out)
+    code, text, err = lamina("plan", file, *budgets)
+    assert (code, err) == (0, "")
+    shown = [" ".join(line.split()) for line in text.splitlines()]
+    for each in plan["network"]["candidates"]:
+        mark = " *" if each["name"] == plan["network"]["chosen"] else ""
+        assert f"{each['name']}{mark} {each['blocks']} {each['mean_trained_blocks']:.2f} yes" in shown
+    for row in plan["classes"]:
+        resources = ["memory_bytes", "up_bytes", *(["down_bytes"] if budgets else []), "flops"]
+        numbers = [human(name, row["predicted"][name], row["budget"][name]) for name in resources]
+        limits = " and ".join(name.removesuffix("_bytes") for name in row["binding"]) or "nothing"
+        assert " ".join([row["name"], row["plan"], str(row["devices"]), *numbers, limits]) in shown
+        assert " ".join([row["name"], *(human("bytes", v) for v in row["predicted"]["memory"].values())]) in shown
+
+
+@pytest.mark.parametrize("name", ["[red]weak", "[/weak]"])
+def test_names_are_shown_as_they_are(name: str, file: Path, lamina: Call) -> None:
+    _, out, _ = lamina("plan", file, "--set", f'fleet.weak.name="{name}"')
+    assert name in out
+
+
+def test_methods_lists_every_row(lamina: Call) -> None:
+    code, out, err = lamina("methods", "--json")
+    listed = json.loads(out)
+    assert (code, err, listed["schema"]) == (0, "", "lamina.methods/1")
+    assert [row["name"] for row in listed["methods"]] == list(METHODS)
+    for row, method in zip(listed["methods"], METHODS.values(), strict=True):
+        assert list(row) == ["name", "group", "summary", "source", "fields"]
+        assert all(row[key] for key in row)
+        assert {key: field["default"] for key, field in row["fields"].items()} == vars(method())
+    lora = listed["methods"][list(METHODS).index("lora")]["fields"]
+    assert lora["depth"]["accepts"] == '"all" | "budget" | int'
+    assert lora["train_head"]["accepts"] == "bool"
+    code, out, _ = lamina("methods")
+    assert code == 0
+    for row in listed["methods"]:
+        assert f"{row['name']} ({row['group']}; {row['source']})" in out
+        assert all(key in out for key in row["fields"])
+
+
+def test_pretrain_json_is_a_line_per_point(lamina: Call, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("so it goes, and so it went. " * 200, encoding="utf-8")
+    path = tmp_path / "pretrain.toml"
+    table = {
+        **{"text": str(tmp_path / "text.txt"), "out": str(tmp_path / "out"), "name": "n", "depths": [1, 2]},
+        **{"steps": [2, 1], "lr": [0.01, 0.01], "embed": 16, "heads": 2, "positions": 16, "batch_size": 2},
+        **{"checkpoint_every": 1, "precision": "fp32", "device": "cpu"},
+    }
+    path.write_text(config.dump(table), encoding="utf-8")
+    code, out, err = lamina("pretrain", path, "--json")
+    points = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [(point["depth"], point["step"], point["steps"]) for point in points] == [(1, 1, 2), (1, 2, 2), (2, 1, 1)]
+    keys = "schema depth step steps train_loss val_loss characters_per_second"
+    assert all(" ".join(point) == keys and point["schema"] == "lamina.pretrain/1" for point in points)
+    assert "n-1, n-2" in err
+    code, out, _ = lamina("pretrain", path, "--json")
+    assert (code, out) == (0, "")
+
+
+def stop_in_round(patch: pytest.MonkeyPatch, round_: int, error: BaseException) -> None:
+    real = server.play_round
+
+    def interrupted(experiment: Any, outlook: Any, examples: Any, engine: Any, state: Any, progress: Any) -> Any:
+        if state.round + 1 == round_:
+            raise error
+        return real(experiment, outlook, examples, engine, state, progress)
+
+    patch.setattr(run, "play_round", interrupted)
+
+
+def test_a_stop_says_how_to_go_on(file: Path, lamina: Call, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_round(patch, 2, KeyboardInterrupt())
+        code, out, _ = lamina("run", file, "--out", tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert code == 130
+    assert f"lamina run --resume {folder}" in "".join(out.split("\n")).replace("  ", " ")
+    assert [line["round"] for line in lines(folder / "rounds.jsonl")] == [1]
+    code, out, err = lamina("run", "--resume", folder)
+    assert (code, err) == (0, "")
+    assert "warning" not in out
+    whole = begin(config.load_experiment(file).to_table(), tmp_path / "whole")
+    whole.play()
+    assert outcome(folder) == outcome(whole.folder)
+    one_line(lamina("run", "--resume", folder), "is finished; its result is in")
+
+
+def test_a_resume_on_another_machine_is_warned_about(file: Path, lamina: Call, tmp_path: Path) -> None:
+    folder = begin(config.load_experiment(file).to_table(), tmp_path).folder
+    files.write_json(folder / "env.json", run.environment() | {"numpy": "0.1"})
+    code, out, _ = lamina("run", "--resume", folder)
+    assert code == 0
+    assert "warning: numpy was 0.1, is " in out
+
+
+def test_what_cannot_be_resumed(lamina: Call, tmp_path: Path) -> None:
+    one_line(lamina("run", "--resume", tmp_path), "is not a run: it has no config.toml")
+    one_line(lamina("run", "--resume", tmp_path / "nowhere"), "nowhere is not a folder")
+
+
+def test_a_second_process_is_kept_out_and_changes_nothing(file: Path, lamina: Call, tmp_path: Path) -> None:
+    """Not even lines that the first one has written but not yet committed."""
+    folder = begin(config.load_experiment(file).to_table(), tmp_path / "runs").folder
+    (folder / "rounds.jsonl").write_text('{"round": 1}\n', encoding="utf-8")
+    with files.lock(folder):
+        one_line(lamina("run", "--resume", folder), f"another process is working in {folder}")
+    assert (folder / "rounds.jsonl").read_text() == '{"round": 1}\n'
+
+
+def test_a_run_holds_the_lock_while_it_plays(
+    file: Path, lamina: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def play_round(*arguments: Any) -> Any:
+        (folder,) = (tmp_path / "runs").iterdir()
+        with pytest.raises(UserError, match="another process is working in"), files.lock(folder):
+            pass
+        refused.append(folder)
+        return real(*arguments)
+
+    real = server.play_round
+    monkeypatch.setattr(run, "play_round", play_round)
+    assert lamina("run", file, "--out", tmp_path / "runs")[0] == 0
+    assert len(refused) == 3
+
+
+def test_a_program_error_is_a_traceback(file: Path, lamina: Call, tmp_path: Path) -> None:
+    """Only what the user can put right is shown as one line."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        stop_in_round(patch, 1, ZeroDivisionError())
+        lamina("run", file, "--out", tmp_path)

@@ -1,0 +1,354 @@
+"""The round engine: what it refuses, what that changes, and what a round costs."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import TURN, WINDOW, Devices, Table, begin, bits, lines, memory, moved, play, prices, spec, write_world
+from torch import Tensor
+
+from lamina import model, server
+from lamina.cost import cost
+from lamina.engines.local import LocalEngine
+from lamina.job import Local, Update
+from lamina.methods.blocks import Caff
+from lamina.plan import Vote, merge
+from lamina.run import Run
+from lamina.server import DeviceRow, State, draw_cohort, play_round
+
+STRONG, WEAK = 0, 1
+HEAD = "head.weight"
+Answer = Callable[[Update], list[Update]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """Three strong devices train tiny-3 and three weak ones its last block."""
+    folder = tmp_path_factory.mktemp("server")
+    return write_world(folder, networks=[str(folder / "tiny-3")])
+
+
+@pytest.fixture(scope="module")
+def run(world: Table, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Before its first round; tests do not play it on."""
+    return begin(world | {"cohort": 5}, tmp_path_factory.mktemp("runs"))
+
+
+def cohort(run: Run, group: int) -> list[int]:
+    """Devices of the first round that are of a class."""
+    return [d for d in draw_cohort(run.experiment, run.outlook, 0) if run.outlook.class_of[d] == group]
+
+
+def array(change: Callable[[Tensor], Tensor]) -> Answer:
+    """Another head."""
+    return lambda update: [replace(update, arrays=update.arrays | {HEAD: change(update.arrays[HEAD])})]
+
+
+def put(value: float) -> Answer:
+    """One odd value in the head."""
+    return array(lambda p: p.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value)))
+
+
+def field(**changes: Any) -> Answer:
+    return lambda update: [replace(update, **changes)]
+
+
+def without(update: Update) -> list[Update]:
+    return [replace(update, arrays={name: p for name, p in update.arrays.items() if name != HEAD})]
+
+
+def other(**changes: Any) -> Answer:
+    """An answer to another job."""
+    return lambda update: [replace(update, turn=replace(update.turn, **changes))]
+
+
+AGAINST = "against its plan"
+FAULTS: dict[str, tuple[Answer, str]] = {
+    "nan": (put(torch.nan), f"{HEAD} holds values that are not finite"),
+    "infinity": (put(torch.inf), f"{HEAD} holds values that are not finite"),
+    "minus infinity": (put(-torch.inf), f"{HEAD} holds values that are not finite"),
+    "a tensor missing": (without, f"lacks tensor {HEAD}, {AGAINST}"),
+    "no tensors": (field(arrays={}), rf"lacks tensor [a-z0-9_.]+, {AGAINST}"),
+    "an extra tensor": (
+        lambda update: [replace(update, arrays=update.arrays | {"bogus": torch.zeros(1)})],
+        f"has tensor bogus, {AGAINST}",
+    ),
+    "broadcastable": (array(lambda p: torch.zeros(1)), rf"{HEAD} is torch.float32 \(1,\), {AGAINST}"),
+    "a row": (array(lambda p: p[:1]), rf"{HEAD} is torch.float32 \(1, 16\), {AGAINST}"),
+    "a scalar": (array(lambda p: p[0, 0]), rf"{HEAD} is torch.float32 \(\), {AGAINST}"),
+    "empty": (array(lambda p: p[:0]), rf"{HEAD} is torch.float32 \(0, 16\), {AGAINST}"),
+    "transposed": (array(lambda p: p.T), rf"{HEAD} is torch.float32 \(16, 96\), {AGAINST}"),
+    "an extra axis": (array(lambda p: p[None]), rf"{HEAD} is torch.float32 \(1, 96, 16\), {AGAINST}"),
+    "float64": (array(Tensor.double), rf"{HEAD} is torch.float64 \(96, 16\), {AGAINST}"),
+    "float16": (array(Tensor.half), rf"{HEAD} is torch.float16 \(96, 16\), {AGAINST}"),
+    "complex": (array(lambda p: p + 0j), rf"{HEAD} is torch.complex64 \(96, 16\), {AGAINST}"),
+    "integers": (array(Tensor.long), rf"{HEAD} is torch.int64 \(96, 16\), {AGAINST}"),
+    "another round": (other(round=7), "answers another round"),
+    "another run": (other(seed=7), "answers another round"),
+    "no examples": (field(examples=0), "says it used 0 examples in 3 steps"),
+    "negative examples": (field(examples=-5), "says it used -5 examples in 3 steps"),
+    "no steps": (field(steps=0), r"says it used \d+ examples in 0 steps"),
+    "a loss of nan": (field(loss=torch.nan), "its training loss is not finite"),
+    "an infinite loss": (field(loss=torch.inf), "its training loss is not finite"),
+    "silence": (lambda update: [], "no update came"),
+}
+every_fault = pytest.mark.parametrize(("answer", "reason"), FAULTS.values(), ids=list(FAULTS))
+
+
+def spoil(devices: list[int], answer: Answer) -> Answer:
+    """Only these devices answer so."""
+    return lambda update: answer(update) if update.turn.device in devices else [update]
+
+
+@pytest.fixture(scope="module")
+def honest(run: Run) -> tuple[State, list[DeviceRow], list[Vote]]:
+    """The first round in which all is well, and the votes in it."""
+    votes = []
+
+    def answer(update: Update) -> list[Update]:
+        plan = run.outlook.chosen.choices[run.outlook.class_of[update.turn.device]].plan
+        assert plan
+        votes.append(Vote(update.turn.device, plan, update.arrays, float(update.examples)))
+        return [update]
+
+    return *play(run, Devices(run, answer)), votes
+
+
+def test_a_round_is_the_merge_of_what_its_devices_trained(
+    run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]
+) -> None:
+    state, rows, votes = honest
+    layout = model.layout(spec(3))
+    assert [row.device for row in rows] == sorted(vote.device for vote in votes)
+    assert bits(state.params) == bits(merge(run.state.params, layout, votes, "keep"))
+    assert moved(run.state.params, state.params) == set(state.params)
+    assert (state.round, state.changed, state.seen) == (
+        1,
+        dict.fromkeys(state.params, 1),
+        {row.device: 0 for row in rows},
+    )
+    for row in rows:
+        price = prices(Caff(), 3)[row.trained_blocks]
+        assert row.trained_blocks == {STRONG: 3, WEAK: 1}[row.group]
+        assert row.plan == {STRONG: "all 3", WEAK: "last 1 of 3"}[row.group]
+        assert (row.up_bytes, row.down_bytes, row.flops) == (price.up_bytes, price.down_bytes, price.flops)
+        assert (row.examples, row.steps, row.rejected) == (len(run.task.train[row.device]), 3, None)
+    assert state.totals == {
+        "up_bytes": sum(row.up_bytes for row in rows),
+        "down_bytes": sum(row.down_bytes for row in rows),
+        "flops": sum(row.flops for row in rows),
+        "updates": 5,
+        "rejected_updates": 0,
+        "abandoned_rounds": 0,
+    }
+
+
+def test_the_state_before_the_round_is_not_touched(run: Run) -> None:
+    before, fields = bits(run.state.params), {k: v for k, v in vars(run.state).items() if k != "params"}
+    play(run)
+    assert bits(run.state.params) == before
+    assert {k: v for k, v in vars(run.state).items() if k != "params"} == fields
+    assert run.state.seen == {}
+
+
+@pytest.mark.parametrize("group", [STRONG, WEAK], ids=["strong", "weak"])
+@every_fault
+def test_a_bad_update_is_left_out_and_counted(
+    answer: Answer, reason: str, group: int, run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]
+) -> None:
+    bad = cohort(run, group)[0]
+    state, rows = play(run, Devices(run, spoil([bad], answer)))
+    others = [vote for vote in honest[2] if vote.device != bad]
+    assert bits(state.params) == bits(merge(run.state.params, model.layout(spec(3)), others, "keep"))
+    assert moved(state.params, honest[0].params)
+    (row,) = [row for row in rows if row.rejected]
+    assert (row.device, row.loss) == (bad, None)
+    assert re.fullmatch(reason, row.rejected or ""), row.rejected
+    assert state.totals["rejected_updates"] == 1
+    assert state.totals["updates"] == 4
+    assert [row for row in rows if row.device != bad] == [row for row in honest[1] if row.device != bad]
+
+
+def duplicate(update: Update) -> list[Update]:
+    """The same device again, with something else."""
+    return [update, replace(update, arrays={name: p + 1 for name, p in update.arrays.items()})]
+
+
+def stranger(device: int) -> Answer:
+    """An answer in the name of another device, before the device's own."""
+    return lambda update: [*other(device=device)(update), update]
+
+
+def test_duplicates_and_strangers_change_nothing(run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]) -> None:
+    (idle,) = set(range(6)) - {row.device for row in honest[1]}
+    for answer in (duplicate, stranger(idle), stranger(99), stranger(-1)):
+        state, rows = play(run, Devices(run, spoil(cohort(run, WEAK)[:1], answer)))
+        assert bits(state.params) == bits(honest[0].params)
+        assert (rows, state.totals) == (honest[1], honest[0].totals)
+
+
+def test_a_late_answer_does_not_displace_the_one_that_was_asked_for(
+    run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]
+) -> None:
+    def late(update: Update) -> list[Update]:
+        return [*other(round=7)(update), update]
+
+    state, _ = play(run, Devices(run, spoil(cohort(run, WEAK)[:1], late)))
+    assert bits(state.params) == bits(honest[0].params)
+
+
+@pytest.mark.parametrize("examples", [float("nan"), float("inf")], ids=str)
+def test_odd_weights_are_left_out(examples: Any, run: Run) -> None:
+    """They poison the mean of everyone."""
+    state, _ = play(run, Devices(run, spoil(cohort(run, WEAK)[:1], field(examples=examples))))
+    assert state.totals["rejected_updates"] == 1
+    assert all(p.isfinite().all() for p in state.params.values())
+
+
+@every_fault
+def test_a_round_of_bad_updates_is_abandoned(answer: Answer, reason: str, run: Run) -> None:
+    state, rows = play(run, Devices(run, answer))
+    assert bits(state.params) == bits(run.state.params)
+    assert (state.round, state.changed) == (1, run.state.changed)
+    assert all(re.fullmatch(reason, row.rejected or "") and row.loss is None for row in rows)
+    totals = {key: state.totals[key] for key in ("updates", "rejected_updates", "abandoned_rounds")}
+    assert totals == {"updates": 0, "rejected_updates": 5, "abandoned_rounds": 1}
+
+
+def test_a_run_goes_on_after_an_abandoned_round(world: Table, tmp_path: Path) -> None:
+    """Everyone takes part; what nobody changed in the second round need not be sent again in the third."""
+    run = begin(world | {"cohort": 6}, tmp_path)
+    states = []
+
+    def answer(update: Update) -> list[Update]:
+        return put(torch.nan)(update) if update.turn.round == 1 else [update]
+
+    summary = run.play(lambda row, devices: states.append(run.state), engine=Devices(run, answer))
+    first, second, third = lines(run.folder / "rounds.jsonl")
+    assert bits(states[0].params) == bits(states[1].params)
+    assert moved(states[1].params, states[2].params)
+    assert (second["loss"], second["updates"], len(second["rejected"])) == (None, 0, 6)
+    assert second["rejected"][0] == f"device 0: {HEAD} holds values that are not finite"
+    assert first["loss"] > 0 and third["loss"] > 0
+    assert (first["down_bytes"], second["down_bytes"], third["down_bytes"]) == (6 * 4 * 13456, 6 * 4 * 13456, 0)
+    totals = summary["totals"]
+    assert (totals["rounds"], totals["updates"], totals["rejected_updates"], totals["abandoned_rounds"]) == (
+        3,
+        12,
+        6,
+        1,
+    )
+
+
+@pytest.mark.parametrize("shuffle", [1, 2, 3])
+def test_the_order_of_arrival_does_not_matter(
+    shuffle: int, run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]
+) -> None:
+    state, rows = play(run, Devices(run, shuffle=shuffle))
+    assert (bits(state.params), rows) == (bits(honest[0].params), honest[1])
+
+
+def test_no_order_of_arrival_changes_the_rounding(run: Run) -> None:
+    """2^60 + 1 - 2^60 is 0 in one order and 1 in another."""
+    drawn = draw_cohort(run.experiment, run.outlook, 0)
+    values = dict(zip(drawn, (2.0**60, 1.0, -(2.0**60), 0.0, 0.0), strict=True))
+
+    def answer(update: Update) -> list[Update]:
+        value = values[update.turn.device]
+        arrays = {name: torch.full_like(p, value) for name, p in update.arrays.items()}
+        return [replace(update, arrays=arrays, examples=1)]
+
+    outcomes = [bits(play(run, Devices(run, answer, shuffle))[0].params) for shuffle in range(8)]
+    assert all(each == outcomes[0] for each in outcomes)
+
+
+def test_the_local_engine_is_the_devices(run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]) -> None:
+    engine = LocalEngine(run.outlook.chosen.spec, run.task.train, workers=2)
+    examples = [len(shard) for shard in run.task.train]
+    state, rows = play_round(run.experiment, run.outlook, examples, engine, run.state)
+    assert (bits(state.params), rows, state.totals) == (bits(honest[0].params), honest[1], honest[0].totals)
+
+
+def test_progress_is_told(run: Run) -> None:
+    told: list[tuple[int, int]] = []
+    examples = [len(shard) for shard in run.task.train]
+    play_round(
+        run.experiment, run.outlook, examples, Devices(run), run.state, lambda done, jobs: told.append((done, jobs))
+    )
+    assert told == [(done, 5) for done in range(1, 6)]
+
+
+def test_a_device_receives_only_what_changed_since_it_last_took_part(
+    world: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: tiny-3 has 2048 weights in the embeddings, 3280 per block and 1568 in the norm and the head.
+
+    One class trains the last two blocks, the other the last; the embeddings and block 0 never change.
+        round 0: devices 0-3   first contact: all, 2048 + 3 * 3280 + 1568 = 13456 weights. Only a one-block device is
+                               heard, so block 2 and the tail change.
+        round 1: devices 0-4   0-3: 3280 + 1568 = 4848.  4: first contact, 13456.  All are heard: blocks 1 and 2 and the
+                               tail change.
+        round 2: devices 0, 4  2 * 3280 + 1568 = 8128.  Nobody is heard; nothing changes.
+        round 3: devices 0, 1, 5   0: nothing.  1, last seen before round 1: 8128.  5: first contact, 13456.
+    """
+    fleet = [{"name": "two", "memory": memory(3, 2)}, {"name": "one", "memory": memory(3, 1)}]
+    run = begin(world | {"fleet": fleet, "rounds": 4}, tmp_path)
+    cohorts = [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 4], [0, 1, 5]]
+    monkeypatch.setattr(server, "draw_cohort", lambda experiment, outlook, round_: cohorts[round_])
+    one = next(d for d in range(4) if run.outlook.class_of[d] == 1)
+    heard = [{one}, {0, 1, 2, 3, 4}, set[int](), {0, 1, 5}]
+
+    def answer(update: Update) -> list[Update]:
+        return [update] if update.turn.device in heard[update.turn.round] else []
+
+    received, state = [], run.state
+    for _ in cohorts:
+        state, rows = play(run, Devices(run, answer), state)
+        received.append({row.device: row.down_bytes // 4 for row in rows})
+        assert all(row.down_bytes % 4 == 0 for row in rows)
+    assert received == [
+        dict.fromkeys(range(4), 13456),
+        {0: 4848, 1: 4848, 2: 4848, 3: 4848, 4: 13456},
+        {0: 8128, 4: 8128},
+        {0: 0, 1: 8128, 5: 13456},
+    ]
+    assert state.totals["down_bytes"] == 4 * sum(sum(each.values()) for each in received)
+
+
+def test_a_cohort_is_drawn_by_seed_and_round_among_those_that_can(run: Run, world: Table, tmp_path: Path) -> None:
+    drawn = [draw_cohort(run.experiment, run.outlook, round_) for round_ in range(40)]
+    for each in drawn:
+        assert each == sorted(set(each)) and len(each) == 5 and set(each) <= set(range(6))
+    assert drawn == [draw_cohort(run.experiment, run.outlook, round_) for round_ in range(40)]
+    assert len(set(map(tuple, drawn))) == 6  # whoever is left out
+    seeded = replace(run.experiment, seed=1)
+    assert drawn != [draw_cohort(seeded, run.outlook, round_) for round_ in range(40)]
+    fleet = [{"name": "strong"}, {"name": "out", "memory": 1000}]
+    few = begin(world | {"cohort": 6, "fleet": fleet, "method": {"name": "caff", "on_infeasible": "drop"}}, tmp_path)
+    able = [device for device in range(6) if few.outlook.class_of[device] == 0]
+    assert draw_cohort(few.experiment, few.outlook, 0) == able
+    assert len(able) == 3
+
+
+def test_every_device_is_planned_for_its_own_number_of_steps(world: Table, tmp_path: Path) -> None:
+    """With one pass over the data, a budget of operations lets small shards train more blocks."""
+    local = Local(lr=0.02, batch_size=4)
+    adapted, caff = spec(3), Caff()
+    plans = list(caff.plans(model.layout(adapted), TURN))
+    budget = cost(adapted, plans[-1], local, WINDOW, 8).flops
+    table = world | {"local": {"lr": 0.02, "batch_size": 4}, "fleet": [{"name": "all", "flops": budget}], "cohort": 6}
+    run = begin(table, tmp_path)
+    _, rows = play(run)
+    trained = []
+    for row in rows:
+        steps = -(-len(run.task.train[row.device]) // 4)
+        fitting = [plan for plan in plans if cost(adapted, plan, local, WINDOW, steps).flops <= budget]
+        assert (row.plan, row.steps) == (fitting[0].label, steps)
+        trained.append(row.trained_blocks)
+    assert trained == sorted(trained, reverse=True)  # the roles are ever longer
+    assert len(set(trained)) > 1
+    assert all(row.flops <= budget for row in rows)

@@ -1,0 +1,151 @@
+"""What is promised to people and programs: settings, options, examples, and how soon an answer comes.
+
+A change of a list here is a change of the surface: it goes into the change log.
+"""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from support import begin, moved, spec, write_world
+
+from lamina import checkpoint, config
+from lamina.cli import app
+from lamina.data import TASKS
+from lamina.data.shakespeare import Shakespeare
+from lamina.data.text import ALPHABET
+from lamina.experiment import look_ahead
+from lamina.fleet import DeviceClass
+from lamina.job import Local
+from lamina.methods import METHODS
+from lamina.model import init
+from lamina.pretrain import Pretrain
+
+ROOT = Path(__file__).parents[1]
+COMMON = "absent on_infeasible weighting"
+KEYS = {
+    "": (config.Experiment, "name rounds cohort networks seed eval_every workers task method local fleet"),
+    "task shakespeare": (
+        TASKS["shakespeare"],
+        "path split devices alpha window stride scored train_fraction min_windows test_windows",
+    ),
+    "method fedavg": (METHODS["fedavg"], COMMON),
+    "method caff": (METHODS["caff"], f"{COMMON} train_head train_embeddings"),
+    "method lora": (METHODS["lora"], f"{COMMON} rank alpha targets depth train_head"),
+    "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
+    "fleet": (DeviceClass, "name share memory uplink downlink flops"),
+    "pretrain": (
+        Pretrain,
+        "text out name steps lr depths embed heads positions batch_size warmup weight_decay clip grow precision device "
+        "checkpoint_every seed",
+    ),
+}
+OPTIONS = {
+    "run": "FILE --set --resume --out --json",
+    "plan": "FILE --set --json",
+    "methods": "--json",
+    "pretrain": "FILE --set --json",
+}
+
+
+@pytest.mark.parametrize(("cls", "keys"), KEYS.values(), ids=list(KEYS))
+def test_the_settings(cls: Any, keys: str) -> None:
+    assert " ".join(field.name for field in dataclasses.fields(cls)) == keys
+
+
+def test_every_task_and_method_is_in_the_list() -> None:
+    assert {f"method {name}" for name in METHODS} | {f"task {name}" for name in TASKS} <= KEYS.keys()
+
+
+def test_the_commands_and_their_options() -> None:
+    command: Any = typer.main.get_command(app)
+    found = {
+        name: " ".join(each.opts[0] if each.param_type_name == "option" else each.name.upper() for each in sub.params)
+        for name, sub in command.commands.items()
+    }
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_the_examples_are_accepted(path: Path) -> None:
+    if path.name.startswith("pretrain"):
+        job = config.load_pretrain(path)
+        assert len(job.steps) == len(job.depths)
+    else:
+        made = config.load_experiment(path)
+        assert config.experiment(tomllib.loads(config.dump(made.to_table())), "again") == made
+
+
+def test_there_are_examples() -> None:
+    assert {"demo.toml", "pretrain.toml"} <= {path.name for path in (ROOT / "examples").iterdir()}
+
+
+def printed(code: str) -> str:
+    """What a program prints, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_lamina_adds_little_to_torch() -> None:
+    """Nor does the command line with all it needs to plan, but for the libraries it stands on."""
+    code = (
+        "import time, torch, numpy, safetensors.torch, typer, pydantic, rich.table, rich.progress\n"
+        "tick = time.perf_counter()\n"
+        "import {}\n"
+        "print(time.perf_counter() - tick)"
+    )
+    code = code.format("lamina, lamina.cli, lamina.experiment, lamina.run, lamina.view")
+    assert any(float(printed(code)) < 0.3 for _ in range(3))  # the machine may be busy
+
+
+def test_importing_lamina_alone_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, lamina; print(int(any(name in sys.modules for name in ('torch', 'numpy', 'pydantic', 'typer'))))"
+    )
+    assert printed(code) == "0\n"
+
+
+def test_a_plan_for_four_networks_is_quick_and_reads_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor weights: networks of the depths of the package, with their config.json alone."""
+    table = write_world(tmp_path, name="quick")
+    table["networks"] = []
+    for blocks in (3, 6, 9, 12):
+        sizes = dataclasses.replace(spec(2), blocks=blocks)
+        folder = tmp_path / f"net-{blocks}"
+        checkpoint.write(folder, sizes, init(sizes, torch.Generator()), torch.float32, {"alphabet": ALPHABET})
+        (folder / checkpoint.WEIGHTS).unlink()
+        table["networks"].append(str(folder))
+    table["fleet"] = [{"name": name, "memory": f"{size} KiB"} for name, size in (("a", 1500), ("b", 700), ("c", 400))]
+
+    def load(*arguments: Any) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr(Shakespeare, "load", load)
+    monkeypatch.setattr(Shakespeare, "_roles", load)
+    experiment = config.experiment(table, "test")
+    tick = time.perf_counter()
+    outlook = look_ahead(experiment)
+    assert time.perf_counter() - tick < 2
+    assert len(outlook.candidates) == 4
+    assert outlook.chosen.mean_trained_blocks > 1
+
+
+def test_the_method_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    (tmp_path / "readme_method.py").write_text(program, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "probe", METHODS["caff"])  # so that the row is taken out again
+    importlib.import_module("readme_method")
+    table = write_world(tmp_path, method={"name": "probe"}, fleet=[{"name": "all"}], rounds=1)
+    run = begin(table, tmp_path / "runs")
+    before = run.state.params
+    summary = run.play()
+    assert (summary["method"], summary["classes"][0]["plan"]) == ("probe", "head only")
+    assert moved(before, run.state.params) == {"norm.weight", "norm.bias", "head.weight"}

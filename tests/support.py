@@ -1,4 +1,4 @@
-"""A world small enough for tests: random networks of one to four blocks, six roles, an experiment, a set of devices."""
+"""A world small enough for tests: random networks of one to four blocks, some roles, an experiment, its devices."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def write_network(folder: Path, blocks: int) -> Path:
     return path
 
 
-def write_roles(folder: Path, devices: int = 6) -> Path:
+def write_roles(folder: Path, roles: int = 7) -> Path:
     """Roles of 256, 304, 352 ... characters of made-up speech: 14, 16, 19 ... training windows."""
     path, words = folder / "roles.json", ["the", "king", "is", "dead", "long", "live", "a", "queen", "and"]
-    roles = {}
-    for i in range(devices):
+    texts = {}
+    for i in range(roles):
         drawn = generator("roles", i).choice(words, 200)
-        roles[f"PLAY|ROLE{i}"] = " ".join(drawn)[: 256 + 48 * i]
-    path.write_text(json.dumps(roles), encoding="utf-8")
+        texts[f"PLAY|ROLE{i}"] = " ".join(drawn)[: 256 + 48 * i]
+    path.write_text(json.dumps(texts), encoding="utf-8")
     return path
 
 

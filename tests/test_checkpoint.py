@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,6 +145,9 @@ def test_a_config_that_is_no_json_object(folder: Path, content: bytes, says: str
         ({"n_layer": ...}, "FOLDER/config.json: key 'n_layer' is missing"),
         ({"layer_norm_epsilon": ...}, "FOLDER/config.json: key 'layer_norm_epsilon' is missing"),
         ({"n_embd": "wide"}, "FOLDER/config.json is not a usable network config: invalid literal for int()"),
+        ({"n_layer": -1}, "FOLDER/config.json is not a usable network config: sizes must be positive"),
+        ({"layer_norm_epsilon": math.nan}, "FOLDER/config.json is not a usable network config: sizes must be positive"),
+        ({"n_layer": math.inf}, "FOLDER/config.json is not a usable network config: cannot convert float infinity"),
         ({"n_embd": None}, "FOLDER/config.json is not a usable network config: int() argument must be"),
         ({"n_head": 0}, "FOLDER/config.json is not a usable network config: integer division or modulo by zero"),
     ],

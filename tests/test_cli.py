@@ -87,7 +87,7 @@ BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     "too short a network": (short_network, "has 96 symbols and 8 positions; the task needs"),
     "too large a cohort": (put("cohort", 7), "cohort = 7 is more than the 6 devices there are"),
     "no text": (put("path", "nowhere.json", "task"), "nowhere.json does not exist"),
-    "too many devices": (put("devices", 7, "task"), "task.devices must be at most 6"),
+    "too many devices": (put("devices", 8, "task"), "task.devices must be at most 7"),
     "text too short": (short_text, "is long enough: the longest has 8 characters"),
     "truncated checkpoint": (truncated, "model.safetensors is truncated or not a safetensors file"),
     "broken config": (broken_config, "config.json is not JSON"),
@@ -219,7 +219,18 @@ def test_plan_shows_the_numbers_of_its_json(budgets: list[str], file: Path, lami
         numbers = [human(name, row["predicted"][name], row["budget"][name]) for name in resources]
         limits = " and ".join(name.removesuffix("_bytes") for name in row["binding"]) or "nothing"
         assert " ".join([row["name"], row["plan"], str(row["devices"]), *numbers, limits]) in shown
-        assert " ".join([row["name"], *(human("bytes", v) for v in row["predicted"]["memory"].values())]) in shown
+        peak = row["predicted"]
+        sizes = [human("bytes", size) for size in (*peak["memory"].values(), peak["peak_bytes"])]
+        assert " ".join([row["name"], *sizes, peak["peak_moment"]]) in shown
+
+
+def test_plan_measures_beside_what_it_predicts(file: Path, lamina: Call) -> None:
+    code, out, _ = lamina("plan", file, "--measure", "--json")
+    assert code == 0
+    for row in json.loads(out)["classes"]:
+        assert row["measured"]["peak_bytes"] == pytest.approx(row["predicted"]["peak_bytes"], abs=12)
+        assert row["measured"]["memory"].keys() == row["predicted"]["memory"].keys()
+        assert row["measured"]["rss_bytes"] > 0
 
 
 @pytest.mark.parametrize("name", ["[red]weak", "[/weak]"])

@@ -26,7 +26,7 @@ every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
-    """The 14 windows of one device."""
+    """The windows of one device."""
     folder = tmp_path_factory.mktemp("client")
     return begin(write_world(folder), folder / "runs").task.train[0]
 

@@ -279,7 +279,7 @@ def test_bad_toml_is_named(content: bytes, file: Path) -> None:
         ("local.lr = 1e-2", ("local", "lr"), 0.01),
         ("local.lr=2", ("local", "lr"), 2.0),
         ("seed=7", ("seed",), 7),
-        ("name=other", ("name",), "other"),
+        ("name = other", ("name",), "other"),
         ("name='other'", ("name",), "other"),
         ("task.path=a=b.json", ("task", "path"), "a=b.json"),
         ('networks=["a", "b"]', ("networks",), ("a", "b")),

@@ -167,12 +167,12 @@ def misfit(budget: Budget, method: Method = CAFF, devices: int = 1) -> str:
 
 def test_the_misfit_message() -> None:
     needs = prices(CAFF, 3)[1]
-    limit = needs.memory_bytes - 20000
+    limit, needed = needs.memory_bytes - 20000, human("memory_bytes", needs.memory_bytes, up=True)
     assert misfit(Budget(memory_bytes=limit)) == (
-        f"class 'weak' fits no plan of tiny-3: the cheapest needs {human('memory_bytes', needs.memory_bytes, up=True)} of "
+        f"class 'weak' fits no plan of tiny-3: the cheapest needs {needed} of "
         f"memory, the budget is {human('memory_bytes', limit)}; activations are "
         f"{human('memory_bytes', needs.memory.activations)} of the memory; try local.batch_size = 2, memory = "
-        f'{human("memory_bytes", needs.memory_bytes, up=True)} or method.on_infeasible = "drop"'
+        f'{needed} or method.on_infeasible = "drop"'
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Table, begin, bits, lines, moved, outcome, write_world
+from support import Table, begin, bits, lines, memory, moved, outcome, write_world
 from transformers import GPT2LMHeadModel  # type: ignore[import-not-found, unused-ignore]
 
 from lamina import checkpoint, config, files, model, run
@@ -169,7 +169,8 @@ def wait_for(path: Path, count: int, process: subprocess.Popen[str]) -> None:
 
 def test_kill_minus_nine(world: Table, tmp_path: Path) -> None:
     """A process is killed in some round, then the one that goes on, and the third one ends as if nothing had been."""
-    table = world | {"rounds": 30, "cohort": 6, "eval_every": 1}
+    fleet = [{"name": "two", "memory": memory(3, 2)}, {"name": "one", "memory": memory(3, 1)}]
+    table = world | {"rounds": 30, "cohort": 6, "eval_every": 1, "fleet": fleet}
     whole = begin(table, tmp_path / "whole")
     whole.play()
     file = tmp_path / "experiment.toml"
@@ -231,6 +232,27 @@ def test_what_cannot_be_resumed(finished: Path, tmp_path: Path) -> None:
         resume(tmp_path)
     with pytest.raises(UserError, match="is not a run"):
         resume(tmp_path / "nowhere")
+
+
+def test_damaged_state_and_short_lines_are_refused(world: Table, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, files, "write", 5, after=False)
+        begin(world, tmp_path).play()
+    (folder,) = tmp_path.iterdir()
+    path = folder / "state.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="is damaged"):
+        resume(folder)
+    path.write_bytes(whole)
+    lines = (folder / "rounds.jsonl").read_text()
+    (folder / "rounds.jsonl").write_text(lines[:10])
+    with pytest.raises(UserError, match="fewer than the"):
+        resume(folder)
+    (folder / "rounds.jsonl").write_text(lines)
+    (folder / ".state.safetensors.left").write_bytes(b"half")
+    resume(folder)
+    assert not list(folder.glob(".state*"))
 
 
 def test_the_summary_holds_the_contract(finished: Path) -> None:

@@ -236,6 +236,9 @@ def test_a_run_goes_on_after_an_abandoned_round(world: Table, tmp_path: Path) ->
     assert first["loss"] > 0 and third["loss"] > 0
     assert (first["down_bytes"], second["down_bytes"], third["down_bytes"]) == (6 * 4 * 13456, 6 * 4 * 13456, 0)
     totals = summary["totals"]
+    refused = [line for line in lines(run.folder / "devices.jsonl") if line["rejected"]]
+    assert len(refused) == totals["rejected_updates"]
+    assert {(line["round"], line["loss"]) for line in refused} == {(2, None)}
     assert (totals["rounds"], totals["updates"], totals["rejected_updates"], totals["abandoned_rounds"]) == (
         3,
         12,

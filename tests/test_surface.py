@@ -50,7 +50,7 @@ KEYS = {
 }
 OPTIONS = {
     "run": "FILE --set --resume --out --json",
-    "plan": "FILE --set --json",
+    "plan": "FILE --set --measure --json",
     "methods": "--json",
     "pretrain": "FILE --set --json",
 }

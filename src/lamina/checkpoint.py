@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def read_spec(folder: Path) -> Spec:
             if config.get(key) != value:
                 raise UserError(f"{path}: {key} is {config.get(key)!r}; this version runs {value!r} only")
         embed, heads = int(config["n_embd"]), int(config["n_head"])
-        return Spec(
+        spec = Spec(
             blocks=int(config["n_layer"]),
             embed=embed,
             heads=heads,
@@ -61,7 +63,10 @@ def read_spec(folder: Path) -> Spec:
             positions=int(config["n_positions"]),
             norm_eps=float(config["layer_norm_epsilon"]),
         )
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        if embed % heads or not all(size > 0 and math.isfinite(size) for size in astuple(spec)[:-1]):
+            raise ValueError(f"sizes must be positive, and n_embd a multiple of n_head; got {spec}")
+        return spec
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{path} is not a usable network config: {error}") from error
     except KeyError as error:
         raise UserError(f"{path}: key {error} is missing") from error

@@ -93,7 +93,7 @@ def quantity(key: str, value: str | int) -> int:
         number = Fraction(match[1]) * _UNITS[_unit(match[2])] if match else Fraction(0)
     except ValueError:
         number = Fraction(0)
-    if not 1 <= number < 2**63:
+    if not 1 <= number < 10**30:
         raise ValueError(f'{key} must be a quantity above 0, such as 64000000 or "61 MiB"; got {value!r}')
     return int(number)
 

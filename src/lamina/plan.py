@@ -9,8 +9,10 @@ The laws (tested in `tests/test_plan.py`):
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -141,7 +143,7 @@ def merge(params: Params, layout: Layout, votes: Iterable[Vote], absent: Absent)
         New tensors where anything was trained; the others are the same objects as before.
     """
     ordered = sorted(votes, key=lambda vote: vote.device)
-    total = sum(vote.weight for vote in ordered)
+    total = reduce(operator.add, (vote.weight for vote in ordered), 0.0)  # as below, where sum() may compensate
     after = dict(params)
     for name in layout.params:
         voters = [vote for vote in ordered if name in vote.plan.trains]

@@ -159,7 +159,7 @@ def choose_network(
         category, size = max(asdict(choice.cost.memory).items(), key=lambda item: item[1])
         text += f"; {category} are {human('bytes', size)} of the memory"
     budget = " and ".join(f"{RESOURCES[name]} = {size}" for name, size in needs.items())
-    remedies = [budget, 'method.on_infeasible = "drop"']
+    remedies = [budget] if method.on_infeasible == "drop" else [budget, 'method.on_infeasible = "drop"']
     halves = (local.batch_size >> power for power in range(1, local.batch_size.bit_length()))
     for size in halves:
         smaller = replace(local, batch_size=size)
@@ -167,4 +167,4 @@ def choose_network(
         if choose_plan(method, nearest.spec, group.budget, smaller, tokens, more, Turn(0, 0, 1)).plan:
             remedies.insert(0, f"local.batch_size = {size}")
             break
-    raise UserError(f"{text}; try {', '.join(remedies[:-1])} or {remedies[-1]}")
+    raise UserError(f"{text}; try {' or '.join(filter(None, (', '.join(remedies[:-1]), remedies[-1])))}")

@@ -171,6 +171,7 @@ class Run:
             "after": _score_json(self.after) if self.after else None,
             "seconds": self.seconds,
             "lengths": {name: _length(self.folder / name) for name in _LINES},
+            "sha256": _digest(self.state.params),
         }
         content = save(self.state.params, metadata={"manifest": json.dumps(manifest)})
         files.write(self.folder / "state.safetensors", content)
@@ -250,6 +251,8 @@ def resume(folder: Path) -> Run:
         _restore(run, manifest)
     for name in _LINES:
         _cut(folder / name, manifest["lengths"][name] if manifest else 0)
+    for left_over in folder.glob(".state.safetensors.*"):
+        left_over.unlink()
     return run
 
 
@@ -316,9 +319,12 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
     params = load_file(run.folder / "state.safetensors")
     if {n: p.shape for n, p in params.items()} != {n: p.shape for n, p in run.state.params.items()}:
         raise UserError(f"the state in {run.folder} is of another network than its config.toml gives")
+    params = {name: params[name] for name in run.state.params}
+    if _digest(params) != manifest["sha256"]:
+        raise UserError(f"the state in {run.folder} is damaged: its tensors are not those that were written")
     run.state = State(
         round=manifest["round"],
-        params={name: params[name] for name in run.state.params},
+        params=params,
         changed=manifest["changed"],
         seen={int(device): when for device, when in manifest["seen"].items()},
         totals=manifest["totals"],
@@ -346,5 +352,11 @@ def _length(path: Path) -> int:
 
 def _cut(path: Path, length: int) -> None:
     """Drop what was appended after the state was written."""
+    if _length(path) < length:
+        raise UserError(f"{path} has {_length(path)} bytes, fewer than the {length} that the state of the run counts")
     if path.exists():
         os.truncate(path, length)
+
+
+def _digest(params: Params) -> str:
+    return files.digest(b"".join(tensor.numpy().tobytes() for tensor in params.values()))

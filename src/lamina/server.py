@@ -179,7 +179,7 @@ def fault(update: Update, job: Job, layout: Layout) -> str | None:
             return f"{name} holds values that are not finite"
     if not math.isfinite(update.loss):
         return "its training loss is not finite"
-    if not all(isinstance(count, int) and count >= 1 for count in (update.examples, update.steps)):
+    if not all(isinstance(count, int) and 1 <= count < 2**31 for count in (update.examples, update.steps)):
         return f"says it used {update.examples} examples in {update.steps} steps"
     return None
 

@@ -25,7 +25,7 @@ class View:
         """Speak on standard output, or, when that carries JSON, on standard error."""
         self.console = Console(stderr=quiet, highlight=False, soft_wrap=False)
         if not self.console.is_terminal:
-            self.console.width = 110
+            self.console.width = 120
 
     def say(self, text: str) -> None:
         """One line."""

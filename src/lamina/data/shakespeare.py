@@ -59,8 +59,8 @@ class Windows:
             IndexError: There is no such window.
         """
         places = self.starts[rows][:, None] + np.arange(self.window + 1)
-        characters = self.ids[places].astype(np.int64)
-        return characters[:, :-1], characters[:, 1:]
+        inputs, targets = self.ids[places[:, :-1]], self.ids[places[:, 1:]]
+        return inputs.astype(np.int64), targets.astype(np.int64)
 
 
 @dataclass(frozen=True)

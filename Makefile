@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up .venv themselves; set-up runs once, and again when pyproject.toml changes.
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?=
 PIP_ARGS ?=
 export PYTHON TORCH PIP_ARGS
 
@@ -16,7 +16,7 @@ help:
 	@echo "make build   build the wheel and the sdist into dist/"
 	@echo "make clean   remove .venv, dist/ and caches (runs/ is kept)"
 	@echo
-	@echo "PYTHON=$(PYTHON)  TORCH=$(TORCH)  PIP_ARGS=$(PIP_ARGS)"
+	@echo "PYTHON=... picks the interpreter, TORCH=... the version of torch, PIP_ARGS=... goes to pip"
 
 demo: .venv/.stamp-run
 	@.venv/bin/lamina run examples/demo.toml

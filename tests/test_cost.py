@@ -311,7 +311,7 @@ def test_the_peak_is_the_one_that_is_measured(
     """To a few scalars that Python drops a moment later than the prediction has it; the promise is 2 %."""
     batch, tokens, vocab = shape
     spec = adapted(replace(WIDTHS["width 24"], vocab=vocab, positions=10), kind)
-    local = replace(LOCAL, batch_size=batch, optimizer=optimizer)
+    local = replace(LOCAL, batch_size=batch, optimizer=optimizer, steps=2)
     for trained in range(4):
         plan = tail_plan(spec, trained)
         predicted = cost(spec, plan, local, tokens, 2).memory

@@ -23,9 +23,8 @@ from lamina.units import human
         ("64000000", 64_000_000),
         ("64 MB", 64_000_000),
         ("64MB", 64_000_000),
-        (" 64 mb ", 64_000_000),
+        (" 64 MB ", 64_000_000),
         ("61 MiB", 61 * 2**20),
-        ("61 mib", 61 * 2**20),
         ("61.5 MiB", 123 * 2**19),
         ("1 KiB", 1024),
         ("1 kB", 1000),
@@ -33,9 +32,6 @@ from lamina.units import human
         ("1 TiB", 2**40),
         ("3 G", 3 * 10**9),
         ("3 Gi", 3 * 2**30),
-        ("20 GFLOP", 20 * 10**9),
-        ("20 GFLOPs", 20 * 10**9),
-        ("1.5 TFLOP", 1_500_000_000_000),
         ("1e9", 10**9),
         ("2.5e3 KB", 2_500_000),
         ("8 B", 8),
@@ -44,6 +40,20 @@ from lamina.units import human
 )
 def test_quantities(text: str | int, number: int) -> None:
     assert quantity("memory", text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("20 GFLOP", 2 * 10**10), ("20 GFLOPs", 2 * 10**10), ("1.5 TFLOP", 15 * 10**11), ("3 G", 3 * 10**9)],
+)
+def test_quantities_of_operations(text: str, number: int) -> None:
+    assert quantity("flops", text) == number
+
+
+@pytest.mark.parametrize(("key", "text"), [("memory", "20 GFLOP"), ("flops", "20 GB"), ("uplink", "10 Mb")])
+def test_units_must_be_those_of_the_quantity(key: str, text: str) -> None:
+    with pytest.raises(ValueError, match="must be a quantity"):
+        quantity(key, text)
 
 
 @given(st.integers(1, 10**12), st.sampled_from([("", 1), ("K", 10**3), ("Mi", 2**20)]))
@@ -112,7 +122,7 @@ def test_a_budget_has_the_quantities_of_its_class() -> None:
         ({"share": -1.5}, "share must be above 0 and finite, got -1.5"),
         ({"share": math.nan}, "share must be above 0 and finite, got nan"),
         ({"memory": "64 XB"}, "memory must be a quantity above 0, such as 64000000 or \"61 MiB\"; got '64 XB'"),
-        ({"flops": 0}, 'flops must be a quantity above 0, such as 64000000 or "61 MiB"; got 0'),
+        ({"flops": 0}, 'flops must be a quantity above 0, such as 64000000 or "20 GFLOP"; got 0'),
     ],
 )
 def test_impossible_classes_are_refused(fields: dict[str, Any], says: str) -> None:

@@ -190,7 +190,7 @@ def test_the_misfit_message() -> None:
 def test_the_misfit_message_names_other_resources(limits: dict[str, int]) -> None:
     price = prices(CAFF, 3)[1]
     needs = {name: human(name, getattr(price, name), up=True) for name, limit in limits.items() if limit < 10**9}
-    lacks = " and ".join(
+    lacks = ", and ".join(
         f"needs {size} of {RESOURCES[name]}, the budget is {human(name, limits[name])}" for name, size in needs.items()
     )
     budget = " and ".join(f"{RESOURCES[name]} = {size}" for name, size in needs.items())

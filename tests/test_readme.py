@@ -1,8 +1,9 @@
-"""The method that the README shows is one: it is run here as it stands there."""
+"""The pages: the method that the README shows is run as it stands there, and the page of keys is up to date."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,14 @@ from support import begin, moved, write_world
 
 from lamina.methods import METHODS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def test_the_page_of_keys_is_that_of_the_code() -> None:
+    """`python scripts/make_keys.py docs/keys.md` makes it anew."""
+    page = runpy.run_path(str(ROOT / "scripts" / "make_keys.py"))["page"]()
+    assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == page
 
 
 def test_the_method_of_the_readme_works_with_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

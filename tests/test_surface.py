@@ -45,7 +45,7 @@ KEYS = {
     "pretrain": (
         Pretrain,
         "text out name steps lr depths embed heads positions batch_size warmup weight_decay clip grow precision device "
-        "checkpoint_every seed",
+        "threads checkpoint_every seed",
     ),
 }
 OPTIONS = {

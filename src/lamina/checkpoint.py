@@ -24,6 +24,12 @@ from lamina.model import Spec
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
+_WANTED: dict[str, object] = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
 _BLOCK = {
     "norm1": "ln_1",
     "attn.o": "attn.c_proj",
@@ -48,10 +54,10 @@ def read_spec(folder: Path) -> Spec:
     """
     path, config = folder / CONFIG, _read_config(folder)
     try:
-        wanted = {"model_type": "gpt2", "activation_function": "gelu_new"}
-        for key, value in wanted.items():
-            if config.get(key) != value:
-                raise UserError(f"{path}: {key} is {config.get(key)!r}; this version runs {value!r} only")
+        for key, value in _WANTED.items():
+            given = config.get(key, value if isinstance(value, bool) else None)
+            if given != value:
+                raise UserError(f"{path}: {key} is {given!r}; this version runs {value!r} only")
         embed, heads = int(config["n_embd"]), int(config["n_head"])
         spec = Spec(
             blocks=int(config["n_layer"]),
@@ -95,13 +101,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load(folder: Path, spec: Spec | None = None) -> tuple[Spec, Params]:
+def load(folder: Path) -> tuple[Spec, Params]:
     """The network in `folder` as fp32 tensors under our names; a tied head becomes a copy of the embedding.
 
     Raises:
         UserError: A file is missing, truncated, not safetensors, or a tensor is missing, misshapen or not finite.
     """
-    spec = spec or read_spec(folder)
+    spec = read_spec(folder)
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"no weights at {path}")

@@ -49,6 +49,7 @@ def run(
     view = View(quiet=as_json)
     with ExitStack() as held:
         if resume:
+            runs.demand_unfinished(resume)
             held.enter_context(files.lock(resume))
             current = runs.resume(resume)
             for change in runs.changes_since(resume):
@@ -61,7 +62,7 @@ def run(
     if as_json:
         _print_json(summary)
         return
-    for table in (tables.accuracy(summary), tables.totals(summary)):
+    for table in (tables.outcome(summary), tables.totals(summary)):
         view.table(table)
     view.say(f"report {current.folder / 'report.md'}, network {current.folder / 'model'}")
 
@@ -174,9 +175,6 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point: bad input gives one line on standard error and exit code 2."""
-    import torch
-
-    torch.set_num_threads(1)
     try:
         app()
     except UserError as error:

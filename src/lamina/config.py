@@ -49,7 +49,7 @@ class Experiment:
     workers: int = 0
     task: Shakespeare = field(default_factory=Shakespeare)
     method: Method = field(default_factory=METHODS["caff"])
-    local: Local = field(default_factory=lambda: Local(lr=1e-3))
+    local: Local = field(default_factory=Local)
     fleet: tuple[DeviceClass, ...] = ()
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ def experiment(table: Mapping[str, Any], where: str) -> Experiment:
     table = dict(table)
     _check_keys(Experiment, table, where)
     parts: dict[str, Any] = {}
-    parts["task"] = _build_named(TASKS, table.pop("task", {"name": "shakespeare"}), f"{where}: [task]")
-    parts["method"] = _build_named(METHODS, table.pop("method", {"name": "caff"}), f"{where}: [method]")
+    parts["task"] = _build_named(TASKS, {"name": "shakespeare"}, table.pop("task", {}), f"{where}: [task]")
+    parts["method"] = _build_named(METHODS, {"name": "caff"}, table.pop("method", {}), f"{where}: [method]")
     parts["local"] = _build(Local, table.pop("local", {}), f"{where}: [local]")
     fleet = table.pop("fleet", [])
     if not isinstance(fleet, list | tuple):
@@ -161,7 +161,10 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _override(table: dict[str, Any], text: str) -> None:
-    """Set `a.b=value`; the value is TOML, or else a plain string. Fleet classes go by name: fleet.weak.memory."""
+    """Set `a.b=value`: TOML, or else a plain string; nothing after the sign unsets the key.
+
+    Classes of the fleet go by name: fleet.weak.memory.
+    """
     key, separator, value = text.partition("=")
     *path, last = key.strip().split(".")
     if not separator or not last:
@@ -181,16 +184,20 @@ def _override(table: dict[str, Any], text: str) -> None:
             target = target.setdefault(step, {})
     if not isinstance(target, dict):
         raise UserError(f"--set {text}: {'.'.join(path)} is not a table")
-    target[last] = parsed
+    if value.strip():
+        target[last] = parsed
+    else:
+        target.pop(last, None)
 
 
-def _build_named(table: Mapping[str, type[T]], values: Any, where: str) -> T:
+def _build_named(table: Mapping[str, type[T]], default: Mapping[str, Any], given: Any, where: str) -> T:
     """An object of the class that `name` picks from a table of classes."""
-    values = dict(values) if isinstance(values, Mapping) else {}
-    name = values.pop("name", None)
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where} must be a table, got {given!r}")
+    values = dict(default) | dict(given)
+    name = values.pop("name")
     if not isinstance(name, str) or name not in table:
-        given = "name is missing" if name is None else f"unknown name {name!r}"
-        raise UserError(f"{where}: {given}; {nearest(str(name), table)}")
+        raise UserError(f"{where}: unknown name {name!r}; {nearest(str(name), table)}")
     return _build(table[name], values, f"{where} {name}")
 
 

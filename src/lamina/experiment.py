@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lamina import checkpoint, networks
@@ -23,6 +24,7 @@ class Outlook:
         groups: One per class.
         candidates: One per network, in the order given.
         chosen: The network of the run.
+        folder: Where it is.
         steps: Local steps that the prices are for: the most any device takes.
     """
 
@@ -30,6 +32,7 @@ class Outlook:
     groups: tuple[Group, ...]
     candidates: tuple[Candidate, ...]
     chosen: Candidate
+    folder: Path
     steps: int
 
     def network_json(self) -> dict[str, Any]:
@@ -66,12 +69,12 @@ def load_task(experiment: Experiment) -> Task:
 
 
 def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, Any] | None]:
-    """Per class: what two steps of its plan really take, in a fresh process; None for a class that sits out."""
+    """Per class: what the first two steps of its plan really take, in a fresh process; None where it sits out."""
     from lamina.measure import measure
 
     spec, tokens = outlook.chosen.spec, experiment.task.window
     plans = [choice.plan for choice in outlook.chosen.choices]
-    return [measure(spec, plan, experiment.local, tokens).to_json() if plan else None for plan in plans]
+    return [measure(spec, plan, experiment.local, tokens, outlook.steps).to_json() if plan else None for plan in plans]
 
 
 def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
@@ -94,8 +97,8 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
         steps = max(experiment.local.round_steps(len(shard)) for shard in (task or load_task(experiment)).train)
     local, tokens = experiment.local, experiment.task.window
     candidates = []
-    for name in experiment.networks:
-        folder = networks.find(name)
+    folders = [networks.find(name) for name in experiment.networks]
+    for name, folder in zip(experiment.networks, folders, strict=True):
         spec = checkpoint.read_spec(folder)
         if spec.vocab != experiment.task.vocabulary or spec.positions < tokens:
             raise UserError(
@@ -104,6 +107,6 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
             )
         if checkpoint.read_alphabet(folder) not in (None, ALPHABET):
             raise UserError(f"network {name} was trained on another alphabet than the task's")
-        candidates.append(assess(experiment.method, name, spec, groups, local, tokens, steps))
+        candidates.append(assess(experiment.method, folder.name, spec, groups, local, tokens, steps))
     chosen = choose_network(experiment.method, candidates, groups, local, tokens, steps)
-    return Outlook(class_of, groups, tuple(candidates), chosen, steps)
+    return Outlook(class_of, groups, tuple(candidates), chosen, folders[candidates.index(chosen)], steps)

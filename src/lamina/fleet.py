@@ -18,7 +18,7 @@ RESOURCES = {"memory_bytes": "memory", "up_bytes": "uplink", "down_bytes": "down
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     f"{letter}i": 1024**power for power, letter in enumerate("KMGT", 1)
 }
-_QUANTITY = re.compile(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]i?)?(?:B|FLOP|FLOPs)?\s*", re.IGNORECASE)
+_QUANTITY = re.compile(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kKMGT]i?)?(B|FLOPs?)?\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,13 @@ def quantity(key: str, value: str | int) -> int:
     """
     match = _QUANTITY.fullmatch(str(value))
     try:
-        number = Fraction(match[1]) * _UNITS[_unit(match[2])] if match else Fraction(0)
+        fits = match and (match[3] is None or (match[3] == "B") != (key == "flops"))
+        number = Fraction(match[1]) * _UNITS[_unit(match[2])] if match and fits else Fraction(0)
     except ValueError:
         number = Fraction(0)
     if not 1 <= number < 10**30:
-        raise ValueError(f'{key} must be a quantity above 0, such as 64000000 or "61 MiB"; got {value!r}')
+        example = "20 GFLOP" if key == "flops" else "61 MiB"
+        raise ValueError(f'{key} must be a quantity above 0, such as 64000000 or "{example}"; got {value!r}')
     return int(number)
 
 

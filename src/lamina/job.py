@@ -28,12 +28,12 @@ class Local:
         momentum: Of SGD.
         weight_decay: Applied to what is trained, never to what is frozen.
         batch_size: Sequences per step.
-        steps: Steps per round, running through the shard epoch after epoch with full batches; or, if 0,
-        epochs: passes over the shard, the last batch of each as small as it comes.
+        steps: Steps per round, running through the shard epoch after epoch with full batches; 0: as `epochs` says.
+        epochs: Passes over the shard where `steps` is 0, the last batch of each as small as it comes.
         clip: Largest norm of the whole gradient; none if 0.
     """
 
-    lr: float
+    lr: float = 1e-3
     optimizer: Literal["sgd", "adamw"] = "adamw"
     schedule: Literal["constant", "cosine"] = "constant"
     momentum: float = 0.0

@@ -67,13 +67,18 @@ class Noise:
         return drawn[0].copy(), drawn[1].copy()
 
 
-def measure(spec: Spec, plan: Plan, local: Local, tokens: int) -> Measured:
-    """Run two local steps of a plan, on random weights and tokens, in a fresh process, and watch.
+def measure(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int = 2) -> Measured:
+    """Run the first local steps of a plan, at most two, on random weights and tokens, in a fresh process, and watch.
 
     Raises:
         RuntimeError: The process failed; the message ends with what it said.
     """
-    request = {"spec": asdict(spec), "plan": plan.to_json(), "local": asdict(local), "tokens": tokens}
+    request = {
+        "spec": asdict(spec),
+        "plan": plan.to_json(),
+        "local": asdict(local) | {"steps": min(steps, 2)},
+        "tokens": tokens,
+    }
     command = [sys.executable, "-m", "lamina.measure"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -83,7 +88,7 @@ def measure(spec: Spec, plan: Plan, local: Local, tokens: int) -> Measured:
 
 
 def watch(spec: Spec, plan: Plan, local: Local, tokens: int) -> Timeline:
-    """Two local steps in this process: when each tensor was born and freed."""
+    """`local.steps` steps in this process: when each tensor was born and freed."""
     job, shard = _work(spec, plan, local, tokens)
     with _Watch() as watched:
         for array in job.arrays.values():
@@ -98,8 +103,7 @@ def _work(spec: Spec, plan: Plan, local: Local, tokens: int) -> tuple[Job, Noise
     arrays = {
         n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in layout.params if n in plan.holds
     }
-    two_steps = Local(**asdict(local) | {"steps": 2})
-    return Job(Turn(0, 0, 1, 0), plan, two_steps, arrays), Noise(2 * local.batch_size, tokens, spec.vocab)
+    return Job(Turn(0, 0, 1, 0), plan, local, arrays), Noise(local.steps * local.batch_size, tokens, spec.vocab)
 
 
 class _Watch(TorchDispatchMode):

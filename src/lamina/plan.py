@@ -76,7 +76,11 @@ class Plan:
 
     def trained_blocks(self, layout: Layout) -> int:
         """Number of blocks in which anything is trained: `t` in the papers."""
-        return len({layout.params[name].block for name in self.trains} - {None})
+        return len(self.blocks(layout))
+
+    def blocks(self, layout: Layout) -> tuple[int, ...]:
+        """Indices of those blocks, ascending."""
+        return tuple(sorted({block for name in self.trains if (block := layout.params[name].block) is not None}))
 
     def first_trained(self, layout: Layout) -> int:
         """Index of the lowest block the gradient must reach; 0 if the input side trains, `blocks` if only the head."""

@@ -154,7 +154,7 @@ def choose_network(
         f"needs {size} of {RESOURCES[name]}, the budget is {human(name, getattr(group.budget, name))}"
         for name, size in needs.items()
     ]
-    text = f"class {group.name!r} fits no plan of {nearest.name}: the cheapest {' and '.join(shortfalls)}"
+    text = f"class {group.name!r} fits no plan of {nearest.name}: the cheapest {', and '.join(shortfalls)}"
     if "memory_bytes" in needs:
         category, size = max(asdict(choice.cost.memory).items(), key=lambda item: item[1])
         text += f"; {category} are {human('bytes', size)} of the memory"

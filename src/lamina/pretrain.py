@@ -50,10 +50,11 @@ class Pretrain:
         lr: Peak learning rate of AdamW, for each depth; linear warm-up, then linear decay to zero.
         warmup: Warm-up steps.
         weight_decay: Decoupled decay of matrices; vectors are not decayed.
-        clip: Largest norm of the whole gradient.
+        clip: Largest norm of the whole gradient; none if 0.
         grow: Start each depth from the one before it.
         precision: "bf16" runs matrix products in bfloat16 (autocast); weights and optimizer stay fp32.
         device: "cpu", "cuda", or "auto".
+        threads: Of the CPU; more than one changes the last bits.
         checkpoint_every: Steps between resumable states and validation points.
         seed: Of the initial weights and of the order of the text.
     """
@@ -74,6 +75,7 @@ class Pretrain:
     grow: bool = True
     precision: Literal["fp32", "bf16"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1
     checkpoint_every: int = 250
     seed: int = 0
 
@@ -89,11 +91,21 @@ class Pretrain:
             values = getattr(self, key)
             if len(values) != len(self.depths) or min(values) <= 0:
                 raise ValueError(f"{key} needs one positive number per depth ({len(self.depths)}), got {list(values)}")
-        for key in ("embed", "heads", "positions", "batch_size", "checkpoint_every"):
+        for key in ("embed", "heads", "positions", "batch_size", "threads", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("warmup", "weight_decay", "clip", "seed"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         if self.embed % self.heads:
             raise ValueError(f"embed ({self.embed}) must be a multiple of heads ({self.heads})")
+
+    def recipe(self, index: int) -> dict[str, object]:
+        """All that the network of the depth at `index` depends on; of the shallower ones where it grew from them."""
+        recipe = asdict(self)
+        for key in ("depths", "steps", "lr"):
+            recipe[key] = recipe[key][0 if self.grow else index : index + 1]
+        return {key: value for key, value in recipe.items() if key not in ("out", "device", "threads")}
 
     def spec(self, depth: int) -> Spec:
         """Sizes of the network of one depth."""
@@ -130,10 +142,11 @@ def pretrain(job: Pretrain) -> Iterator[Progress]:
     train_ids, val_ids = held_out(ids)
     if len(val_ids) <= job.positions:
         raise UserError(f"{job.text}: {len(ids)} characters are too few; a hundredth must exceed {job.positions}")
-    recipe = asdict(job) | {"text": Path(job.text).name, "text_sha256": digest, "characters": len(ids)}
-    del recipe["out"], recipe["device"]
+    text = {"text": Path(job.text).name, "text_sha256": digest, "characters": len(ids)}
+    torch.set_num_threads(job.threads)
     for index, depth in enumerate(job.depths):
         folder = Path(job.out) / f"{job.name}-{depth}"
+        recipe = job.recipe(index) | text
         if (folder / checkpoint.CONFIG).exists():  # what is written last
             made_by = json.loads((folder / REPORT).read_text()) if (folder / REPORT).exists() else {}
             _demand_recipe(folder, made_by.get("recipe"), recipe)
@@ -196,7 +209,8 @@ def _train_depth(
             group["lr"] = learning_rate(job, index, step)
         loss = _loss(spec, params, _windows(train_ids, starts, job.positions, device), job.precision)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(params.values(), job.clip)
+        if job.clip:
+            torch.nn.utils.clip_grad_norm_(params.values(), job.clip)
         optimizer.step()
         optimizer.zero_grad()
         sums = [sums[0] + loss.item(), sums[1] + 1]

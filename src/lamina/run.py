@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from lamina.turn import generator
 
 SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/1"
 _LINES = ("rounds.jsonl", "devices.jsonl")
+_BITS = ("lamina", "torch", "machine")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Run:
         Returns:
             What summary.json holds.
         """
+        torch.set_num_threads(1)  # the number of threads changes the last bits
         tick = time.perf_counter()
         engine = engine or LocalEngine(self.outlook.chosen.spec, self.task.train, self.workers)
         examples = [len(shard) for shard in self.task.train]
@@ -172,6 +174,7 @@ class Run:
             "seconds": self.seconds,
             "lengths": {name: _length(self.folder / name) for name in _LINES},
             "sha256": _digest(self.state.params),
+            "task_sha256": self.task.digest,
         }
         content = save(self.state.params, metadata={"manifest": json.dumps(manifest)})
         files.write(self.folder / "state.safetensors", content)
@@ -214,9 +217,9 @@ class Run:
     def _coverage(self) -> list[float]:
         """Share of usable updates that trained each block."""
         lines = [json.loads(line) for line in (self.folder / "devices.jsonl").read_text().splitlines()]
-        depths = [line["trained_blocks"] for line in lines if line["loss"] is not None]
-        blocks = self.outlook.chosen.spec.blocks
-        return [sum(t >= blocks - i for t in depths) / max(1, len(depths)) for i in range(blocks)]
+        trained = [line["blocks"] for line in lines if line["loss"] is not None]
+        blocks = range(self.outlook.chosen.spec.blocks)
+        return [sum(block in each for each in trained) / max(1, len(trained)) for block in blocks]
 
 
 def start(experiment: Experiment, root: Path) -> Run:
@@ -227,7 +230,7 @@ def start(experiment: Experiment, root: Path) -> Run:
     """
     run = _prepare(experiment)
     run.folder = _new_folder(experiment, root)
-    files.write(run.folder / "config.toml", config.dump(experiment.to_table()))
+    files.write(run.folder / "config.toml", config.dump(_anchored(experiment).to_table()))
     files.write_json(run.folder / "env.json", environment())
     return run
 
@@ -238,10 +241,7 @@ def resume(folder: Path) -> Run:
     Raises:
         UserError: There is no run, it is finished, or its state is damaged or of another version.
     """
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder} is not a run: it has no config.toml")
-    if (folder / "summary.json").exists():
-        raise UserError(f"the run in {folder} is finished; its result is in {folder / 'report.md'}")
+    demand_unfinished(folder)
     experiment = config.load_experiment(folder / "config.toml")
     path = folder / "state.safetensors"
     manifest = checkpoint.read_manifest(path) if path.exists() else None
@@ -261,11 +261,24 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def demand_unfinished(folder: Path) -> None:
+    """Refuse a folder that holds no run, or a finished one.
+
+    Raises:
+        UserError: Saying which.
+    """
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is not a run: it has no config.toml")
+    if (folder / "summary.json").exists():
+        raise UserError(f"the run in {folder} is finished; its result is in {folder / 'report.md'}")
+
+
 def changes_since(folder: Path) -> list[str]:
     """What differs between the machine a run began on and this one, in what its last bits may depend on."""
     path = folder / "env.json"
     then = json.loads(path.read_text()) if path.exists() else {}
-    return [f"{key} was {then[key]}, is {now}" for key, now in environment().items() if then.get(key, now) != now]
+    now = environment()
+    return [f"{key} was {then[key]}, is {now[key]}" for key in _BITS if then.get(key, now[key]) != now[key]]
 
 
 def environment() -> dict[str, Any]:
@@ -278,8 +291,17 @@ def environment() -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "cores": usable_cores(),
-        "threads_per_device": torch.get_num_threads(),
     }
+
+
+def _anchored(experiment: Experiment) -> Experiment:
+    """The same with absolute paths, so that the run can go on from anywhere."""
+    embedded = networks.embedded()
+    names = (name if name in embedded else str(Path(name).absolute()) for name in experiment.networks)
+    task = experiment.task
+    if task.path is not None:
+        task = replace(task, path=str(Path(task.path).absolute()))
+    return replace(experiment, networks=tuple(names), task=task)
 
 
 def _prepare(experiment: Experiment) -> Run:
@@ -290,7 +312,7 @@ def _prepare(experiment: Experiment) -> Run:
 
 def _first_state(experiment: Experiment, outlook: Outlook) -> State:
     """The pretrained network, and whatever the method adds, freshly drawn."""
-    _, pretrained = checkpoint.load(networks.find(outlook.chosen.name))
+    _, pretrained = checkpoint.load(outlook.folder)
     spec = outlook.chosen.spec
     seed = int(generator(experiment.seed, "init").integers(2**62))
     params: Params = model.init(spec, torch.Generator().manual_seed(seed)) | pretrained
@@ -316,6 +338,8 @@ def _new_folder(experiment: Experiment, root: Path) -> Path:
 def _restore(run: Run, manifest: dict[str, Any]) -> None:
     if manifest.get("schema") != STATE_SCHEMA:
         raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
+    if manifest["task_sha256"] != run.task.digest:
+        raise UserError(f"the data is not what it was when the run in {run.folder} was stopped")
     params = load_file(run.folder / "state.safetensors")
     if {n: p.shape for n, p in params.items()} != {n: p.shape for n, p in run.state.params.items()}:
         raise UserError(f"the state in {run.folder} is of another network than its config.toml gives")

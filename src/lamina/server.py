@@ -28,7 +28,7 @@ class State:
         round: Rounds done.
         params: Global tensors.
         changed: Tensor -> the round after which it last changed; 0 for the tensors of the base network.
-        seen: Device -> the round before which it last received tensors.
+        seen: Device -> the round before which it last received tensors. What its plans hold does not change.
         totals: What the run has cost so far.
     """
 
@@ -47,7 +47,8 @@ class DeviceRow:
         device: Index.
         group: Index of its class.
         plan: Label of its plan, or None when it sat out.
-        trained_blocks: Blocks it trained.
+        trained_blocks: Number of blocks it trained.
+        blocks: Their indices.
         loss: Mean local training loss in nats; None without a usable update.
         examples: Of its shard.
         steps: It was to take.
@@ -61,6 +62,7 @@ class DeviceRow:
     group: int
     plan: str | None
     trained_blocks: int
+    blocks: tuple[int, ...] = ()
     loss: float | None = None
     examples: int = 0
     steps: int = 0
@@ -134,19 +136,20 @@ def _ask(
     for device in draw_cohort(experiment, outlook, state.round):
         turn = Turn(experiment.seed, state.round, experiment.rounds, device)
         group = outlook.class_of[device]
-        steps = local.round_steps(examples[device])
-        choice = choose_plan(experiment.method, spec, outlook.groups[group].budget, local, tokens, steps, turn)
+        budget, steps = outlook.groups[group].budget, local.round_steps(examples[device])
+        choice = choose_plan(experiment.method, spec, budget, local, tokens, outlook.steps, turn)
         if choice.plan is None:
             rows[device] = DeviceRow(device, group, None, 0)
             continue
         jobs[device] = Job(turn, choice.plan, local, narrow(state.params, layout, choice.plan))
-        flops[device] = choice.cost.flops
+        flops[device] = choice.cost.flops * steps // outlook.steps
         fresh = device not in state.seen
         rows[device] = DeviceRow(
             device,
             group,
             choice.plan.label,
             choice.plan.trained_blocks(layout),
+            choice.plan.blocks(layout),
             examples=examples[device],
             steps=steps,
             down_bytes=sum(

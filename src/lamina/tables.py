@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +52,21 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["plan"] or "sits out",
             str(row["devices"]),
             *(human(resource, row["predicted"][resource], row["budget"][resource]) for resource in columns),
-            " and ".join(RESOURCES[name] for name in row["binding"]) or "nothing",
+            _limit(row),
         )
         for row in rows
     ]
     head = ("class", "trains blocks", "devices", *(RESOURCES[resource] for resource in columns), "limited by")
     return Table("Device classes (per device and round: predicted / budget)", head, lines, left=2)
+
+
+def _limit(row: Mapping[str, Any]) -> str:
+    """What keeps a class from more, or by what it is over its budget where budgets are ignored."""
+    used, limits = row["predicted"], row["budget"]
+    over = [key for name, key in RESOURCES.items() if row["plan"] and used[name] > (limits[name] or math.inf)]
+    if over:
+        return f"over its {' and '.join(over)}"
+    return " and ".join(RESOURCES[name] for name in row["binding"]) or "nothing"
 
 
 def memory(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -76,18 +86,22 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table("Memory at the peak, predicted", ("class", *heads, "all", "when"), lines)
 
 
-def accuracy(summary: Mapping[str, Any]) -> Table:
-    """Next-character accuracy before and after, over all devices and per class."""
+def outcome(summary: Mapping[str, Any]) -> Table:
+    """Accuracy before and after, over all devices and per class, beside what each class trained in which memory."""
 
-    def line(name: str, scores: Mapping[str, Any], kind: str) -> tuple[str, ...]:
-        before, after = scores["before"][kind], scores["after"][kind]
-        return name, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
+    def scores(found: Mapping[str, Any], kind: str) -> tuple[str, ...]:
+        before, after = found["before"][kind], found["after"][kind]
+        return f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
 
-    rows = [line(f"all devices, {text}", summary["accuracy"], kind) for kind, text in _KINDS.items()]
+    nothing = [""] * 4
+    rows = [(f"all, {text}", *nothing, *scores(summary["accuracy"], kind)) for kind, text in _KINDS.items()]
     for row in summary["classes"]:
-        if row["accuracy"]:
-            rows.append(line(f"class {row['name']}, mean", row["accuracy"], "mean_over_devices"))
-    return Table("Accuracy on held-out text", ("", "before", "after", "gain"), rows)
+        used = human("memory_bytes", row["predicted"]["memory_bytes"], row["budget"]["memory_bytes"])
+        held = (row["plan"] or "sits out", str(row["devices"]), str(row["sat_out"]), used)
+        gained = scores(row["accuracy"], "mean_over_devices") if row["accuracy"] else ("", "", "")
+        rows.append((row["name"], *held, *gained))
+    head = ("devices", "trains blocks", "number", "sat out", "memory", "before", "after", "gain")
+    return Table("Accuracy on held-out text (of a class: mean over its devices)", head, rows, left=2)
 
 
 def totals(summary: Mapping[str, Any]) -> Table:
@@ -111,7 +125,7 @@ def of_summary(summary: Mapping[str, Any]) -> list[Table]:
         networks(summary["network"]),
         classes(summary["classes"]),
         memory(summary["classes"]),
-        accuracy(summary),
+        outcome(summary),
         totals(summary),
     ]
 

@@ -12,6 +12,7 @@ import bisect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from math import isfinite
 from pathlib import Path
@@ -23,6 +24,7 @@ from lamina.data import split
 from lamina.data.task import Task
 from lamina.data.text import ALPHABET, decode_utf8, encode, normalise, read_bytes
 from lamina.errors import UserError
+from lamina.files import digest
 from lamina.turn import generator
 
 POOLED_DEVICES = 100  # devices of a split that pools the roles, as in CoCoFL (Pfeiffer et al., 2023)
@@ -130,11 +132,6 @@ class Shakespeare:
         """Number of input symbols."""
         return len(ALPHABET)
 
-    @property
-    def outputs(self) -> int:
-        """Number of classes to choose from at each position."""
-        return len(ALPHABET)
-
     def device_count(self) -> int:
         """Number of devices `load` gives; reads the texts only where it depends on them.
 
@@ -143,7 +140,7 @@ class Shakespeare:
         """
         if self.devices is not None:
             return self.devices
-        return len(self._roles()) if self.split == "role" else POOLED_DEVICES
+        return len(self._roles) if self.split == "role" else POOLED_DEVICES
 
     def load(self, seed: int, groups: Sequence[int] | None = None) -> Task:
         """The windows of every device.
@@ -158,7 +155,7 @@ class Shakespeare:
         Raises:
             UserError: The file cannot be used, has too little text for the devices, or `groups` does not fit.
         """
-        roles = self._roles()
+        roles = self._roles
         if self.split == "role":
             roles = self._drawn(roles, seed)
         train, test = self._starts(list(map(len, roles.values())))
@@ -172,8 +169,10 @@ class Shakespeare:
             test=tuple(Windows(ids, starts, self.window) for starts in test),
             names=tuple(names),
             scored=self.scored,
+            digest=digest(b"".join(part.tobytes() for part in (ids, *train, *test))),
         )
 
+    @cached_property
     def _roles(self) -> dict[str, str]:
         """Normalised texts of the roles that are long enough, in the order of their names."""
         if self.path is None:

@@ -28,14 +28,11 @@ class Task:
         test: Test examples of each device.
         names: Name of each device: its role, or "device 7".
         scored: Positions at the end of a test example that count for the accuracy.
+        digest: SHA-256 of the data and of who has what.
     """
 
     train: Sequence[Shard]
     test: Sequence[Shard]
     names: Sequence[str]
     scored: int
-
-    @property
-    def devices(self) -> int:
-        """Number of devices."""
-        return len(self.names)
+    digest: str

@@ -41,7 +41,7 @@ class Caff(Method):
         for trained in range(layout.blocks, 0, -1):
             names = layout.tail(trained)
             if not self.train_head:
-                names = frozenset(name for name in names if layout.params[name].block is not None)
+                names -= layout.tail(0)
             if not self.train_embeddings:
                 names = frozenset(name for name in names if layout.params[name].part != "embed")
             yield Plan(holds, names, label=suffix_label(trained, layout.blocks))

@@ -58,14 +58,14 @@ class FedLora(Method):
         return replace(spec, lora=Lora(self.rank, self.alpha or 2.0 * self.rank, _TARGETS[self.targets]))
 
     def plans(self, layout: Layout, turn: Turn) -> Iterator[Plan]:
-        """A and B of the last t blocks; those of other blocks are not held."""
+        """A and B of the last t blocks, and the head; A and B that no device ever trains are not held."""
         deepest = min(self.depth, layout.blocks) if isinstance(self.depth, int) else layout.blocks
         shallowest = 1 if self.depth == "budget" else deepest
         added = {name for name, row in layout.params.items() if row.part == "lora"}
+        holds = frozenset(layout.params) - (added - layout.tail(deepest))
         for trained in range(deepest, shallowest - 1, -1):
             tail = layout.tail(trained)
             names = frozenset(
                 name for name in tail if name in added or (self.train_head and layout.params[name].part == "head")
             )
-            holds = frozenset(layout.params) - (added - names)
             yield Plan(holds, names, label="low rank, " + suffix_label(trained, layout.blocks))

@@ -32,7 +32,7 @@ def draw(runs: list[dict]) -> str:
         lines.append((f"{run['depth']} blocks: {run['val_loss_nats']:.3f}", points))
         offset = points[-1][0] if run["recipe"]["grow"] else 0.0
     last = max(points[-1][0] for _, points in lines)
-    low = min(loss for _, points in lines for _, loss in points) - 0.02
+    low = min(loss for _, points in lines for _, loss in points) - 0.05
     high = min(1.7, max(loss for _, points in lines for _, loss in points))
 
     def place(x: float, loss: float) -> tuple[float, float]:

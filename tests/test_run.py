@@ -192,11 +192,17 @@ def test_kill_minus_nine(world: Table, tmp_path: Path) -> None:
     assert outcome(folder) == outcome(whole.folder), moments
 
 
-def test_truncated_states_are_refused(world: Table, tmp_path: Path) -> None:
+def stopped(world: Table, root: Path) -> Path:
+    """The folder of a run that died in the middle."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, files, "write", 5, after=False)
-        begin(world, tmp_path).play()
-    (folder,) = tmp_path.iterdir()
+        begin(world, root).play()
+    (folder,) = root.iterdir()
+    return folder
+
+
+def test_truncated_states_are_refused(world: Table, tmp_path: Path) -> None:
+    folder = stopped(world, tmp_path)
     path = folder / "state.safetensors"
     whole = path.read_bytes()
     before = (folder / "rounds.jsonl").read_bytes()
@@ -210,10 +216,7 @@ def test_truncated_states_are_refused(world: Table, tmp_path: Path) -> None:
 
 
 def test_states_of_another_version_or_network_are_refused(world: Table, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, files, "write", 5, after=False)
-        begin(world, tmp_path).play()
-    (folder,) = tmp_path.iterdir()
+    folder = stopped(world, tmp_path)
     text = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(text.replace(world["networks"][1], world["networks"][0]))
     with pytest.raises(UserError, match=r"of another network than its config\.toml gives"):
@@ -235,10 +238,7 @@ def test_what_cannot_be_resumed(finished: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_state_and_short_lines_are_refused(world: Table, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, files, "write", 5, after=False)
-        begin(world, tmp_path).play()
-    (folder,) = tmp_path.iterdir()
+    folder = stopped(world, tmp_path)
     path = folder / "state.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

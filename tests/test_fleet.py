@@ -186,7 +186,7 @@ def test_places_are_drawn_by_the_seed_alone() -> None:
         ("memory_bytes", 61 * 2**20, None, "61.0 MiB"),
         ("memory_bytes", 61 * 2**20, 64 * 2**20, "61.0 / 64.0 MiB"),
         ("up_bytes", 2**20, None, "1.0 MiB"),
-        ("up_bytes", 2**19, 2**30, "0.0 / 1.0 GiB"),
+        ("up_bytes", 2**19, 2**30, "512.0 KiB / 1.0 GiB"),
         ("down_bytes", 100, None, "0.1 KiB"),
         ("down_bytes", 0, None, "0.0 KiB"),
         ("flops", 2.5e9, None, "2.5 GFLOP"),

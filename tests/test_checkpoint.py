@@ -219,3 +219,12 @@ def test_networks_are_found_by_folder_or_name(folder: Path) -> None:
         assert checkpoint.load(path)[0] == checkpoint.read_spec(path)
     with pytest.raises(UserError, match=r"^no network 'nameless': it is neither a folder with a config\.json nor"):
         networks.find("nameless")
+
+
+@pytest.mark.parametrize(("key", "value"), [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)])
+def test_switches_that_change_the_function_are_refused(key: str, value: bool, folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: not value}))
+    checkpoint.read_spec(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert f"{key} is {value}; this version runs {not value} only" in message(folder)

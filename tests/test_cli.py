@@ -355,3 +355,23 @@ def test_a_program_error_is_a_traceback(file: Path, lamina: Call, tmp_path: Path
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         stop_in_round(patch, 1, ZeroDivisionError())
         lamina("run", file, "--out", tmp_path)
+
+
+def test_a_class_over_an_ignored_budget_says_so(file: Path, lamina: Call) -> None:
+    settings = (
+        "--set",
+        "method.name=fedavg",
+        "--set",
+        "method.on_infeasible=ignore",
+        "--set",
+        "fleet.weak.memory=1 KiB",
+    )
+    code, out, _ = lamina("plan", file, *settings)
+    assert code == 0
+    assert "over its memory" in out
+
+
+def test_nothing_after_the_sign_unsets_a_key(file: Path, lamina: Call) -> None:
+    _, out, _ = lamina("plan", file, "--json", "--set", "fleet.weak.memory=1 MiB", "--set", "fleet.weak.memory=")
+    weak = next(row for row in json.loads(out)["classes"] if row["name"] == "weak")
+    assert weak["budget"]["memory_bytes"] is None

@@ -300,3 +300,18 @@ def test_a_stop_while_finishing_is_made_good(job: Pretrain, monkeypatch: pytest.
         list(pretrain(job))
     list(pretrain(job))
     assert checkpoint.read_spec(Path(job.out) / "toy-1") == job.spec(1)
+
+
+def test_a_finished_family_can_get_a_deeper_member(job: Pretrain) -> None:
+    """What a network depends on is its own recipe and that of those it grew from, not that of deeper ones."""
+    shallow = replace(job, depths=job.depths[:1], steps=job.steps[:1], lr=job.lr[:1])
+    list(pretrain(shallow))
+    assert {point.depth for point in pretrain(job)} == set(job.depths[1:])
+    with pytest.raises(UserError, match="another recipe"):
+        list(pretrain(replace(job, lr=(2 * job.lr[0], *job.lr[1:]))))
+
+
+@pytest.mark.parametrize("key", ["warmup", "weight_decay", "clip", "seed"])
+def test_negative_settings_are_refused(key: str, job: Pretrain) -> None:
+    with pytest.raises(ValueError, match=f"{key} must not be negative, got -1"):
+        Pretrain(**(asdict(job) | {key: -1}))

@@ -237,6 +237,22 @@ def test_what_cannot_be_resumed(finished: Path, tmp_path: Path) -> None:
         resume(tmp_path / "nowhere")
 
 
+def test_other_data_is_refused(world: Table, tmp_path: Path) -> None:
+    """Half a run on one text and half on another is no run."""
+    path = Path(world["task"]["path"])
+    mine = tmp_path / "mine" / path.name
+    mine.parent.mkdir()
+    mine.write_bytes(path.read_bytes())
+    runs = tmp_path / "runs"
+    folder = stopped(world | {"task": world["task"] | {"path": str(mine)}}, runs)
+    texts = json.loads(mine.read_text())
+    mine.write_text(json.dumps({name: text[::-1] for name, text in texts.items()}))
+    with pytest.raises(UserError, match="the data is not what it was"):
+        resume(folder)
+    mine.write_bytes(path.read_bytes())
+    resume(folder)
+
+
 def test_damaged_state_and_short_lines_are_refused(world: Table, tmp_path: Path) -> None:
     folder = stopped(world, tmp_path)
     path = folder / "state.safetensors"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 from torch import Tensor
@@ -96,6 +97,7 @@ def peak_json(memory: Memory, moment: str) -> dict[str, Any]:
     return {"memory": split, "peak_bytes": memory.total, "peak_moment": moment}
 
 
+@lru_cache(maxsize=4096)
 def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
     """Price of one local round.
 
@@ -251,7 +253,8 @@ class Ledger(Ops):
         batch, tokens, width = q_BSE.shape
         normaliser = Shape((batch, heads, tokens), self.new(FLOAT_BYTES * batch * heads * tokens), None)
         out = self._out((batch, tokens, v_BSE.shape[-1]), [q_BSE, k_BSE, v_BSE], [q_BSE, k_BSE, v_BSE, normaliser])
-        self._keep([out])
+        if _shape(out).node:
+            self._keep([out])
         self.flops += (6 if _shape(out).node else 2) * 2 * batch * tokens * tokens * width
         return out
 
@@ -290,7 +293,7 @@ class Ledger(Ops):
         """Let the last node of the tape hold on to what it needs; parameters are there anyway."""
         for each in kept:
             memory = _shape(each).memory
-            if memory.storage.category == "weights" or not self._tape:
+            if memory.storage.category == "weights":
                 continue
             if memory.storage.category == "temporary":
                 memory.storage.category = "activations"

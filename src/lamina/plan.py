@@ -51,7 +51,7 @@ class Plan:
 
     holds: frozenset[str]
     trains: frozenset[str]
-    keep: Mapping[Axis, Keep] = field(default_factory=dict)
+    keep: Mapping[Axis, Keep] = field(default_factory=dict, hash=False)
     label: str = ""
 
     def __post_init__(self) -> None:

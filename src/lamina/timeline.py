@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -44,10 +43,7 @@ class Timeline:
         """Bytes by category when most were alive, and the moment."""
         alive = list(accumulate(delta for delta, _, _ in self.events))
         at = max(range(len(alive)), key=alive.__getitem__)
-        return dict(self._alive(at)), self.events[at][2]
-
-    def _alive(self, at: int) -> Iterator[tuple[str, int]]:
         totals: dict[str, int] = {}
         for delta, storage, _ in self.events[: at + 1]:
             totals[storage.category] = totals.get(storage.category, 0) + delta
-        yield from totals.items()
+        return totals, self.events[at][2]

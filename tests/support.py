@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lamina import checkpoint, client, config, model
 from lamina.cost import Cost, cost
@@ -144,12 +145,12 @@ def play(run: Run, devices: Devices | None = None, state: State | None = None) -
     return play_round(run.experiment, run.outlook, examples, devices or Devices(run), state or run.state)
 
 
-def bits(params: Params) -> dict[str, bytes]:
+def bits(params: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Tensors as bytes, so that equal means bit for bit, the sign of zero included."""
     return {name: p.detach().contiguous().numpy().tobytes() for name, p in params.items()}
 
 
-def moved(before: Params, after: Params) -> set[str]:
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors that are not the same bit for bit."""
     old, new = bits(before), bits(after)
     return {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support import TURN, VARIANTS, begin, bits, moved, spec, weights, write_world
 from torch import Tensor
 
-from lamina import client, model
+from lamina import client, model, optim
 from lamina.data.task import Shard
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
@@ -223,7 +223,17 @@ def test_settings_that_cannot_train_are_refused(settings: Any, message: str) -> 
         Local(**({"lr": 1.0} | settings))
 
 
-def test_optimizer_states_are_counted() -> None:
-    assert Local(lr=1.0).states == (2, 1)
-    assert Local(lr=1.0, optimizer="sgd").states == (0, 0)
-    assert Local(lr=1.0, optimizer="sgd", momentum=0.5).states == (1, 0)
+OPTIMIZERS: list[dict[str, Any]] = [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.5}]
+OPTIMIZERS += [{"optimizer": kind} for kind in ("adamw", "adamw8", "adafactor")]
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 4), (3, 5, 300), (40, 200)], ids=str)
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
+def test_optimizer_states_are_counted(settings: dict[str, Any], shape: tuple[int, ...]) -> None:
+    local = Local(lr=0.1, **settings)
+    p = torch.zeros(shape, requires_grad=True)
+    p.grad = torch.ones(shape)
+    optimizer = optim.build([p], local, local.kind, 0.1)
+    optimizer.step()
+    kept = [value for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)]
+    assert optim.state_bytes(local.kind, shape) == sum(each.numel() * each.element_size() for each in kept)

@@ -185,7 +185,7 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         ("local.lr='fast'", ": [local]: lr = 'fast' is not accepted: Input should be a valid number"),
         (
             "local.optimizer='adam'",
-            ": [local]: optimizer = 'adam' is not accepted: Input should be 'sgd' or 'adamw'",
+            ": [local]: optimizer = 'adam' is not accepted: Input should be 'sgd', 'adamw', 'adamw8' or 'adafactor'",
         ),
         ("rounds=1.5", ": rounds = 1.5 is not accepted: Input should be a valid integer"),
         ("rounds='2'", ": rounds = '2' is not accepted: Input should be a valid integer"),

@@ -18,11 +18,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import client, model
-from lamina.cost import FLOAT_BYTES, INDEX_BYTES, Cost, cost
+from lamina.cost import Cost, cost
 from lamina.job import Job, Local, Turn
 from lamina.layout import Axis, Params
+from lamina.ledger import FLOAT_BYTES, INDEX_BYTES
 from lamina.measure import measure, watch
-from lamina.model import Lora, Ops, Spec
+from lamina.model import Lora, Spec
+from lamina.ops import TORCH, Ops
 from lamina.plan import Keep, Plan, narrow
 
 Kind = Literal["suffix", "lora all", "lora qv"]
@@ -182,7 +184,7 @@ def test_the_client_keeps_nothing_of_frozen_blocks(kind: Kind, trained: int, mon
     job = make_job(spec, tail_plan(spec, trained))
     run_blocks, kept_in = model.run_blocks, dict.fromkeys(range(4), 0)
 
-    def watched(spec: Spec, params: Params, x_BSD: Tensor, blocks: Iterable[int], ops: Ops = model.TORCH) -> Tensor:
+    def watched(spec: Spec, params: Params, x_BSD: Tensor, blocks: Iterable[int], ops: Ops = TORCH) -> Tensor:
         for i in blocks:
             before = len(kept)
             x_BSD = run_blocks(spec, params, x_BSD, [i], ops)

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lamina import checkpoint, model
 from lamina.layout import Axis, Params
 from lamina.model import Lora, Spec
+from lamina.ops import TORCH
 from lamina.plan import Keep, Plan, narrow
 
 RandomParams = Callable[[Spec, int], Params]
@@ -92,7 +93,7 @@ def test_gradients_are_those_of_their_network(tmp_path: Path) -> None:
     _, params = through_disk(theirs, tmp_path)
     params = {name: p.requires_grad_() for name, p in params.items()}
     targets = draw_ids(spec, seed=2)
-    model.TORCH.cross_entropy(model.forward(spec, params, ids), targets).backward()  # type: ignore[no-untyped-call]
+    TORCH.cross_entropy(model.forward(spec, params, ids), targets).backward()  # type: ignore[no-untyped-call]
     F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for tensor in theirs.parameters():
@@ -265,7 +266,7 @@ def test_cross_entropy_is_the_mean_over_all_positions() -> None:
         torch.tensor([[0, 4, 2], [1, 1, 3]]),
     )
     picked = logits.log_softmax(-1).gather(-1, targets[..., None])
-    assert_close(model.TORCH.cross_entropy(logits, targets), -picked.mean())
+    assert_close(TORCH.cross_entropy(logits, targets), -picked.mean())
 
 
 def test_fresh_weights_are_those_of_gpt2() -> None:

@@ -20,6 +20,7 @@ from lamina.data.text import ALPHABET
 from lamina.errors import UserError
 from lamina.layout import Params
 from lamina.model import Spec
+from lamina.ops import TORCH
 from lamina.pretrain import Pretrain, Progress, grow, held_out, learning_rate, pretrain, validate
 
 RandomParams = Callable[[Spec, int], Params]
@@ -82,7 +83,7 @@ def test_new_blocks_are_spread_evenly_and_can_learn(tiny: Spec, random_params: R
     assert all(torch.equal(deeper[f"h.{2 * i + 1}.ffn.up.weight"], params[f"h.{i}.ffn.up.weight"]) for i in range(3))
     spec, deeper = replace(tiny, blocks=6), {name: p.requires_grad_() for name, p in deeper.items()}
     ids = torch.arange(10)[None] % tiny.vocab
-    model.TORCH.cross_entropy(model.forward(spec, deeper, ids), ids).backward()  # type: ignore[no-untyped-call]
+    TORCH.cross_entropy(model.forward(spec, deeper, ids), ids).backward()  # type: ignore[no-untyped-call]
     for i in silent:
         for name in (f"h.{i}.attn.o.weight", f"h.{i}.ffn.down.weight"):
             grad = deeper[name].grad
@@ -144,7 +145,7 @@ def test_loss_falls_and_the_networks_can_be_loaded(job: Pretrain) -> None:
 def test_validation_is_the_mean_over_whole_windows(tiny: Spec, random_params: RandomParams) -> None:
     params, ids = random_params(tiny, 0), np.arange(40, dtype=np.uint8) % tiny.vocab
     losses = [
-        model.TORCH.cross_entropy(
+        TORCH.cross_entropy(
             model.forward(tiny, params, torch.from_numpy(ids[i : i + 6].astype(np.int64))[None]),
             torch.from_numpy(ids[i + 1 : i + 7].astype(np.int64))[None],
         ).item()

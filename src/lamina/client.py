@@ -1,64 +1,281 @@
-"""The whole device: take a job, train on the shard, give back what the plan trains."""
+"""The whole device: take a job, train on the shard, give back what the plan trains.
+
+Everything here runs on tensors, and, for its price, on the shapes of `lamina.ledger`: what a local round takes is what
+this file does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from lamina import model
 from lamina.data.task import Shard
-from lamina.job import Job, Local, Update
+from lamina.job import Job, Update
 from lamina.layout import Params
-from lamina.model import Ops, Spec
+from lamina.model import Spec
+from lamina.ops import TORCH, Ops
+
+_SLICE_TOKENS = 256
+"""Tokens that run through a block at a time where nothing else asks for more: as few as keep the kernels busy."""
 
 
-def train(job: Job, shard: Shard, spec: Spec) -> Update:
+def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
     """Run the local steps of one round.
 
     The blocks below the lowest trained one run without gradients: nothing of them is kept, and they get neither
     gradients nor optimizer state. The trained tensors of the job are changed in place, so that a device never
-    holds them twice.
+    holds them twice. The plan's levers save memory further; see `lamina.levers`.
 
     Args:
         job: What to train, from where, how.
         shard: The device's examples; at least one.
         spec: The network, with whatever the method added to it.
+        ops: What computes.
 
     Returns:
         New values of the tensors in `job.plan.trains`. They may be non-finite; the server decides what to make of that.
     """
-    trained = {name: p.detach().requires_grad_() for name, p in job.arrays.items() if name in job.plan.trains}
-    params = job.arrays | trained
-    optimizer = _optimizer(list(trained.values()), job.local, job.local.round_lr(job.turn))
-    boundary = job.plan.first_trained(model.layout(spec))
-    total = 0.0
     batches = job.local.batches(job.turn, len(shard))
+    layout = model.layout(spec)
+    source: _Source = _Plain(shard, ops)
+    below: frozenset[str] = frozenset()
+    if job.plan.caches(layout):
+        below = job.plan.below(layout)
+        source = _run_prefix(job, shard, spec, np.unique(np.concatenate(batches)), ops)
+    ops.moment("load")
+    params = {name: _hold(job, name, ops) for name in layout.params if name in job.plan.holds - below}
+    trainer = _Trainer(spec, job, params, bool(below), ops)
+    total = 0.0
     for rows in batches:
-        ids_BS, targets_BS = (torch.from_numpy(array) for array in shard.batch(rows))
-        step_loss = loss(spec, params, ids_BS, targets_BS, boundary)
-        step_loss.backward()  # type: ignore[no-untyped-call]
-        if job.local.clip:
-            torch.nn.utils.clip_grad_norm_(trained.values(), job.local.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        total += step_loss.item()
-    arrays = {name: p.detach() for name, p in trained.items()}
+        total += trainer.step(*source.batch(rows))
+    arrays = {name: params[name].detach() for name in job.plan.trains}
     return Update(job.turn, arrays, len(shard), len(batches), total / len(batches))
 
 
-def loss(
-    spec: Spec, params: Params, ids_BS: Tensor, targets_BS: Tensor, boundary: int, ops: Ops = model.TORCH
-) -> Tensor:
-    """Mean next-token loss of ids and targets BS, with no graph below block `boundary`."""
-    blocks = model.found_blocks(spec, params)
-    with torch.set_grad_enabled(boundary == 0):
-        x_BSD = model.embed(spec, params, ids_BS, ops)
-        x_BSD = model.run_blocks(spec, params, x_BSD, [i for i in blocks if i < boundary], ops)
-    x_BSD = model.run_blocks(spec, params, x_BSD, [i for i in blocks if i >= boundary], ops)
-    return ops.cross_entropy(model.head(spec, params, x_BSD, ops), targets_BS)
+def _hold(job: Job, name: str, ops: Ops) -> Tensor:
+    if name in job.plan.trains:
+        return job.arrays[name].detach().requires_grad_()
+    return ops.hold(job.arrays, name, job.plan.levers.frozen_bits)
 
 
-def _optimizer(trained: list[Tensor], local: Local, lr: float) -> torch.optim.Optimizer:
-    if local.optimizer == "sgd":
-        return torch.optim.SGD(trained, lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)
-    return torch.optim.AdamW(trained, lr, weight_decay=local.weight_decay, fused=True)
+class _Source(Protocol):
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """What goes into the network, ids BS or BSD from the prefix, and targets BS."""
+
+
+@dataclass
+class _Plain:
+    """The examples themselves."""
+
+    shard: Shard
+    ops: Ops
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        ids, targets = self.shard.batch(rows)
+        return self.ops.tensor(ids), self.ops.tensor(targets)
+
+
+@dataclass
+class _Cached:
+    """What the frozen prefix makes of the examples."""
+
+    shard: Shard
+    ops: Ops
+    cache: Any
+    place_of: dict[int, int]
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        targets = self.ops.tensor(self.shard.batch(rows)[1])
+        return self.cache.read(np.array([self.place_of[row] for row in rows.tolist()])), targets
+
+
+@torch.no_grad()
+def _run_prefix(job: Job, shard: Shard, spec: Spec, rows: np.ndarray, ops: Ops) -> _Cached:
+    """Run the given examples through all that is frozen below the trained blocks, with one block in memory at a time.
+
+    Of the token embedding only the rows of the tokens at hand are taken.
+    """
+    ops.moment("prefix")
+    layout, levers = model.layout(spec), job.plan.levers
+    length = shard.batch(rows[:1])[0].shape[1]
+    cache = ops.cache(len(rows), (length, spec.embed), levers.prefix_cache, levers.cache_bits)
+    size = max(1, _SLICE_TOKENS // length)
+    for part in ops.slices(len(rows), size):
+        found, ids = np.unique(shard.batch(rows[part])[0], return_inverse=True)
+        params = {
+            "embed.tokens": ops.rows(job.arrays, "embed.tokens", found),
+            "embed.positions": job.arrays["embed.positions"],
+        }
+        cache.write(part.start, model.embed(spec, params, ops.tensor(ids.reshape(-1, length)), ops))
+        del params
+    for block in range(job.plan.first_trained(layout)):
+        params = {name: job.arrays[name] for name in job.plan.holds if layout.params[name].block == block}
+        if params:
+            for part in ops.slices(len(rows), size):
+                x_BSD = cache.read(np.arange(part.start, part.stop))
+                cache.write(part.start, model.run_blocks(spec, params, x_BSD, [block], ops))
+                del x_BSD
+        del params
+    return _Cached(shard, ops, cache, {row: place for place, row in enumerate(rows.tolist())})
+
+
+_INPUT, _TOP = -1, None
+"""Stages of a step besides the blocks: the embedding, and the final norm with the head."""
+
+
+class _Group:
+    """Trained tensors that are updated together."""
+
+    def __init__(self, params: Sequence[Tensor], job: Job, ops: Ops) -> None:
+        local = job.local
+        self._params, self._clip, self._ops = params, local.clip, ops
+        kind = job.plan.levers.optimizer if local.kind == "adamw" else ""
+        self._optimizer = ops.optimizer(params, local, kind or local.kind, local.round_lr(job.turn))
+
+    def norm(self) -> Tensor:
+        """Of the gradient."""
+        return self._ops.norm_of([p.grad for p in self._params if p.grad is not None])
+
+    def update(self, norm: Tensor | None = None) -> None:
+        """Move along the gradient, clipped as if the whole one had this norm, by default its own, and drop it."""
+        self._ops.moment("update")
+        if self._clip:
+            self._ops.clip(self._params, self._clip, self.norm() if norm is None else norm)
+        self._optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the gradient."""
+        self._optimizer.zero_grad()
+
+
+class _Stage(NamedTuple):
+    """A part of a step that backward goes through in one go: from `out`, or by running `block` again from `leaf`."""
+
+    block: int | None
+    leaf: Tensor | None
+    out: Tensor | None
+
+
+class _Trainer:
+    """Forward, backward and update of one device's network.
+
+    Without levers a step is one graph. Recomputing and fused updates cut it at the blocks: each block then starts at a
+    leaf of its own, and backward goes from stage to stage.
+    """
+
+    def __init__(self, spec: Spec, job: Job, params: Params, cached: bool, ops: Ops) -> None:
+        layout, plan = model.layout(spec), job.plan
+        self._spec, self._params, self._ops, self._levers, self._clip = spec, params, ops, plan.levers, job.local.clip
+        self._cached = cached
+        first, blocks = plan.first_trained(layout), model.found_blocks(spec, params)
+        self._frozen, self._upper = [i for i in blocks if i < first], [i for i in blocks if i >= first]
+        names: dict[int | None, list[str]] = {}
+        for name in (name for name in layout.params if name in plan.trains):
+            row = layout.params[name]
+            stage = _INPUT if row.part == "embed" else row.block
+            names.setdefault(stage if self._levers.fused_update else _TOP, []).append(name)
+        self._groups = {stage: _Group([params[name] for name in found], job, ops) for stage, found in names.items()}
+
+    def step(self, inputs: Tensor, targets_BS: Tensor) -> float:
+        """One optimizer step on a batch; returns its mean loss."""
+        norm: Tensor | None = None
+        if self._clip and self._levers.fused_update:
+            # The norm of the whole gradient must be known before the first block is updated.
+            norms: list[Tensor] = []
+
+            def note(group: _Group) -> None:
+                norms.append(group.norm())
+                group.forget()
+
+            self._passes(inputs, targets_BS, note)
+            norm = self._ops.norm_of(norms)
+        return self._passes(inputs, targets_BS, lambda group: group.update(norm))
+
+    def _passes(self, inputs: Tensor, targets_BS: Tensor, finish: Callable[[_Group], None]) -> float:
+        """Gradients of a batch, in as many passes as the levers say; `finish` gets each group once it has its own."""
+        total, count = 0.0, len(targets_BS)
+        for rows in self._ops.slices(count, self._levers.micro_batch or count):
+            stages, loss = self._forward(inputs[rows], targets_BS[rows])
+            share = (rows.stop - rows.start) / count
+            self._backward(stages, share, finish if self._levers.fused_update and rows.stop == count else None)
+            total += share * loss.item()
+            del loss
+        if not self._levers.fused_update:
+            finish(self._groups[_TOP])
+        return total
+
+    def _forward(self, inputs: Tensor, targets_BS: Tensor) -> tuple[list[_Stage], Tensor]:
+        """The stages of a pass, lowest first, and its mean loss, without a graph."""
+        x_BSD, levers = self._bottom(inputs), self._levers
+        self._ops.moment("forward")
+        stages = []
+        if levers.recompute or levers.fused_update:
+            if x_BSD.requires_grad:
+                stages.append(_Stage(_INPUT, None, x_BSD))
+            for block in self._upper:
+                leaf = x_BSD.detach().requires_grad_(bool(stages))
+                x_BSD = self._run_slices(leaf, block) if levers.recompute else self._run(leaf, [block])
+                stages.append(_Stage(block, leaf, None if levers.recompute else x_BSD))
+            leaf = x_BSD = x_BSD.detach().requires_grad_(bool(stages))
+        else:
+            leaf, x_BSD = None, self._run(x_BSD, self._upper)
+        self._ops.moment("loss")
+        loss = model.loss(self._spec, self._params, x_BSD, targets_BS, levers.chunked_loss, self._ops)
+        stages.append(_Stage(_TOP, leaf, loss))
+        return stages, loss.detach()
+
+    def _backward(self, stages: list[_Stage], share: float, finish: Callable[[_Group], None] | None) -> None:
+        """Add `share` of the gradient of the stages' loss, stage by stage from the top."""
+        gradient = None if share == 1 else self._ops.tensor(np.array(share, dtype=np.float32))
+        while stages:
+            block, leaf, out = stages.pop()
+            self._ops.moment("backward")
+            if out is not None:
+                out.backward(gradient)  # type: ignore[no-untyped-call]
+                gradient = None if leaf is None else leaf.grad
+            elif leaf is not None and block is not None:
+                assert gradient is not None
+                self._rerun(leaf, block, gradient)
+            del leaf, out
+            if finish and block in self._groups:
+                finish(self._groups[block])
+
+    def _rerun(self, x_BSD: Tensor, block: int, gradient_BSD: Tensor) -> None:
+        """Backward of a block from its input; the gradient is turned from that of its output into that of its input."""
+        for rows in self._few(x_BSD):
+            leaf = x_BSD[rows].detach().requires_grad_(x_BSD.requires_grad)
+            self._run(leaf, [block]).backward(gradient_BSD[rows])  # type: ignore[no-untyped-call]
+            if leaf.grad is not None:
+                gradient_BSD[rows] = leaf.grad
+
+    def _bottom(self, inputs: Tensor) -> Tensor:
+        """What the lowest trained block sees, BSD; with a graph only if the embedding trains."""
+        if self._cached:
+            return inputs
+        self._ops.moment("prefix" if self._frozen else "forward")
+        x_BSD = model.embed(self._spec, self._params, inputs, self._ops)
+        with torch.no_grad():
+            for block in self._frozen:
+                x_BSD = self._run_slices(x_BSD, block) if self._levers.recompute else self._run(x_BSD, [block])
+        return x_BSD
+
+    def _run(self, x_BSD: Tensor, blocks: Sequence[int]) -> Tensor:
+        return model.run_blocks(self._spec, self._params, x_BSD, blocks, self._ops)
+
+    @torch.no_grad()
+    def _run_slices(self, x_BSD: Tensor, block: int) -> Tensor:
+        """A block on a few sequences at a time, without a graph."""
+        out_BSD = self._ops.empty_like(x_BSD)
+        for rows in self._few(x_BSD):
+            out_BSD[rows] = self._run(x_BSD[rows], [block])
+        return out_BSD
+
+    def _few(self, x_BSD: Tensor) -> Iterator[slice]:
+        return self._ops.slices(x_BSD.shape[0], max(1, _SLICE_TOKENS // x_BSD.shape[1]))

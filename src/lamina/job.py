@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from lamina.layout import Params
+from lamina.optim import Kind
 from lamina.plan import Plan
 from lamina.turn import generator
-
-_STATES = {"sgd": (0, 0), "momentum": (1, 0), "adamw": (2, 1)}
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Local:
     Devices are stateless: the optimizer starts anew in every round.
 
     Attributes:
-        optimizer: "sgd" or "adamw".
+        optimizer: "sgd", "adamw", "adamw8" (states in 8 bits) or "adafactor"; see `lamina.optim`.
         lr: Learning rate of the first round.
         schedule: "constant", or "cosine": down to lr / 10 over the rounds of the run (Pfeiffer et al. 2023, SLT).
         momentum: Of SGD.
@@ -34,7 +35,7 @@ class Local:
     """
 
     lr: float = 1e-3
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adamw", "adamw8", "adafactor"] = "adamw"
     schedule: Literal["constant", "cosine"] = "constant"
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -63,9 +64,9 @@ class Local:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
 
     @property
-    def states(self) -> tuple[int, int]:
-        """Numbers the optimizer keeps per trained element, and per trained tensor besides."""
-        return _STATES["momentum" if self.momentum else self.optimizer]
+    def kind(self) -> Kind:
+        """The optimizer, SGD with momentum told from SGD without."""
+        return "momentum" if self.momentum else self.optimizer
 
     def round_steps(self, examples: int) -> int:
         """Steps of one round on a shard of so many examples."""
@@ -118,18 +119,19 @@ class Job:
         turn: Who and when.
         plan: What to hold and train.
         local: How.
-        arrays: The held tensors, at the shapes of the plan. They are the device's own: it trains them in place.
+        arrays: The held tensors, at the shapes of the plan: in memory, or on the device's disk (`lamina.flash`). They
+            are the device's own: it trains them in place.
     """
 
     turn: Turn
     plan: Plan
     local: Local
-    arrays: Params
+    arrays: Mapping[str, Tensor]
 
     def owned(self) -> Job:
         """The same job with copies of what the device will change; the frozen tensors stay shared."""
         copies = {name: self.arrays[name].clone() for name in self.plan.trains}
-        return replace(self, arrays=self.arrays | copies)
+        return replace(self, arrays={**self.arrays, **copies})
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,28 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import weakref
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lamina import client, model
 from lamina.cost import Memory, peak_json
+from lamina.flash import Flash
 from lamina.job import Job, Local, Turn
 from lamina.model import Lora, Spec
+from lamina.ops import Ops
+from lamina.packed import Packed
 from lamina.plan import Plan
 from lamina.timeline import Storage, Timeline
 
@@ -35,7 +42,7 @@ class Measured:
 
     Attributes:
         memory: Live tensor bytes at the peak, by category.
-        moment: The kernel that ran at the peak.
+        moment: When the peak was; see `lamina.cost.Cost`.
         rss_bytes: Growth of the resident memory of the process over what it was before the round; 0 where the system
             does not tell.
     """
@@ -89,21 +96,22 @@ def measure(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int = 2) -
 
 def watch(spec: Spec, plan: Plan, local: Local, tokens: int) -> Timeline:
     """`local.steps` steps in this process: when each tensor was born and freed."""
-    job, shard = _work(spec, plan, local, tokens)
-    with _Watch() as watched:
-        for array in job.arrays.values():
-            watched.see(array, "weights")
-        client.train(job, shard, spec)
+    with _work(spec, plan, local, tokens) as (job, shard), _Watch() as watched:
+        arrays = _SeenFlash(cast(Flash, job.arrays).path, watched)
+        client.train(replace(job, arrays=arrays), shard, spec, _SeenOps(watched))
     return watched.timeline
 
 
-def _work(spec: Spec, plan: Plan, local: Local, tokens: int) -> tuple[Job, Noise]:
+@contextmanager
+def _work(spec: Spec, plan: Plan, local: Local, tokens: int) -> Iterator[tuple[Job, Noise]]:
+    """A job with random weights, on disk as on a device, and random examples."""
     layout = model.layout(spec)
     generator = torch.Generator().manual_seed(0)
-    arrays = {
-        n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in layout.params if n in plan.holds
-    }
-    return Job(Turn(0, 0, 1, 0), plan, local, arrays), Noise(local.steps * local.batch_size, tokens, spec.vocab)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.safetensors"
+        shapes = {name: plan.shape(layout, name) for name in layout.params if name in plan.holds}
+        save_file({name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}, path)
+        yield Job(Turn(0, 0, 1, 0), plan, local, Flash(path)), Noise(local.steps * local.batch_size, tokens, spec.vocab)
 
 
 class _Watch(TorchDispatchMode):
@@ -146,7 +154,6 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the kernel, then look at what it made."""
-        self.timeline.moment = str(func)
         out = func(*args, **(kwargs or {}))
         for each in tree_iter(out):
             if isinstance(each, torch.Tensor):
@@ -169,6 +176,37 @@ class _Watch(TorchDispatchMode):
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     self.see(value).category = "optimizer"
+
+
+class _SeenFlash(Flash):
+    """Arrays on disk, seen as weights when they come into memory."""
+
+    def __init__(self, path: Path, watched: _Watch) -> None:
+        super().__init__(path)
+        self._watched = watched
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        array = super().__getitem__(name)
+        self._watched.see(array).category = "weights"
+        return array
+
+
+class _SeenOps(Ops):
+    """The kernels, and what they do told to the watch where it cannot see it."""
+
+    def __init__(self, watched: _Watch) -> None:
+        self._watched = watched
+
+    def moment(self, name: str) -> None:
+        self._watched.timeline.moment = name
+
+    def hold(self, arrays: Mapping[str, torch.Tensor], name: str, bits: int) -> torch.Tensor:
+        packed = super().hold(arrays, name, bits)
+        if isinstance(packed, Packed):
+            for each in (packed.data, packed.scale):
+                if each is not None:
+                    self._watched.see(each).category = "weights"
+        return packed
 
 
 def _resident_peak() -> int:
@@ -196,12 +234,11 @@ def _main() -> None:
     lora = request["spec"].pop("lora")
     spec = Spec(**request["spec"], lora=Lora(**lora | {"targets": tuple(lora["targets"])}) if lora else None)
     plan, local, tokens = Plan.from_json(request["plan"]), Local(**request["local"]), request["tokens"]
-    _forget_peak()
-    before = _resident_peak()
-    job, shard = _work(spec, plan, local, tokens)
-    client.train(job, shard, spec)
-    rss = _resident_peak() - before
-    del job
+    with _work(spec, plan, local, tokens) as (job, shard):
+        _forget_peak()
+        before = _resident_peak()
+        client.train(job, shard, spec)
+        rss = _resident_peak() - before
     peak, moment = watch(spec, plan, local, tokens).peak()
     json.dump({"memory": peak, "moment": moment, "rss_bytes": rss}, sys.stdout)
 

@@ -4,8 +4,7 @@ Causal text, pre-LN, as GPT-2 (Radford et al. 2019): learned positions, tanh-GEL
 embedding. Every size is read from the tensors and the blocks that are found are run, so a network cut in depth, width
 or rank needs no second model class.
 
-The functions are written against `Ops`, a handful of kernels. `Ops` itself computes; `lamina.cost` interprets the very
-same functions with kernels that count bytes and operations instead, so prices cannot drift from the model.
+The functions are written against `lamina.ops`, a handful of kernels, so that they can be priced without being run.
 
 Shape legend:
     B batch   S tokens   D embed   H heads   K head_dim   F ffn   V vocabulary   P positions   R rank
@@ -19,10 +18,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.layout import Axis, Layout, Param, Params, Part
+from lamina.ops import TORCH, Ops
 
 LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
 
@@ -134,43 +133,6 @@ def init(spec: Spec, generator: torch.Generator) -> Params:
     return params
 
 
-class Ops:
-    """The kernels the forward is made of. Fused where torch has it, so that nothing needless is kept for backward."""
-
-    def embed(self, ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token plus position vectors, BS -> BSD."""
-        return F.embedding(ids, tokens) + positions[: ids.shape[1]]
-
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """Layer norm over the last dimension."""
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X W^T + b over the last dimension."""
-        return F.linear(x, weight, bias)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU, tanh form, in one kernel."""
-        return F.gelu(x, approximate="tanh")
-
-    def attention(self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int) -> Tensor:
-        """Causal softmax attention on heads laid side by side, E = H K; fused, so no S x S matrix is stored."""
-        q_BHSK, k_BHSK, v_BHSK = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q_BSE, k_BSE, v_BSE))
-        out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=True)
-        return out_BHSK.transpose(1, 2).flatten(2)
-
-    def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
-        """X + scale * y."""
-        return torch.add(x, y, alpha=scale)
-
-    def cross_entropy(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-        """Mean negative log-likelihood over all positions."""
-        return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
-
-
-TORCH = Ops()
-
-
 def found_blocks(spec: Spec, params: Params) -> list[int]:
     """Indices of the blocks present in `params`, in order."""
     return [i for i in range(spec.blocks) if f"h.{i}.norm1.weight" in params]
@@ -190,8 +152,22 @@ def run_blocks(spec: Spec, params: Params, x_BSD: Tensor, blocks: Iterable[int],
 
 def head(spec: Spec, params: Params, x_BSD: Tensor, ops: Ops = TORCH) -> Tensor:
     """Residual stream BSD -> logits BSV."""
-    x_BSD = ops.norm(x_BSD, params["norm.weight"], params["norm.bias"], spec.norm_eps)
-    return ops.linear(x_BSD, params["head.weight"])
+    return ops.linear(final_norm(spec, params, x_BSD, ops), params["head.weight"])
+
+
+def final_norm(spec: Spec, params: Params, x_BSD: Tensor, ops: Ops = TORCH) -> Tensor:
+    """Residual stream BSD -> what the head sees, BSD."""
+    return ops.norm(x_BSD, params["norm.weight"], params["norm.bias"], spec.norm_eps)
+
+
+def loss(
+    spec: Spec, params: Params, x_BSD: Tensor, targets_BS: Tensor, chunked: bool = False, ops: Ops = TORCH
+) -> Tensor:
+    """Residual stream BSD, targets BS -> mean negative log-likelihood."""
+    x_BSD = final_norm(spec, params, x_BSD, ops)
+    if chunked:
+        return ops.linear_cross_entropy(x_BSD, params["head.weight"], targets_BS)
+    return ops.cross_entropy(ops.linear(x_BSD, params["head.weight"]), targets_BS)
 
 
 def forward(spec: Spec, params: Params, ids_BS: Tensor, ops: Ops = TORCH) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from lamina.layout import Axis, Layout, Params
+from lamina.levers import Levers
+from lamina.levers import from_json as levers_from_json
 
 Absent = Literal["keep", "skip"]
 
@@ -47,12 +49,14 @@ class Plan:
         trains: Those with gradients: exactly what is uploaded.
         keep: Axes of which only some units are held; every tensor with that axis is cut alike.
         label: For people: "last 3 of 12".
+        levers: How it saves memory meanwhile; the planner's choice, not the method's.
     """
 
     holds: frozenset[str]
     trains: frozenset[str]
     keep: Mapping[Axis, Keep] = field(default_factory=dict, hash=False)
     label: str = ""
+    levers: Levers = field(default_factory=Levers)
 
     def __post_init__(self) -> None:
         """Refuse a plan that trains what is not held."""
@@ -89,6 +93,19 @@ class Plan:
             return 0
         return min((row.block for row in rows if row.block is not None), default=layout.blocks)
 
+    def below(self, layout: Layout) -> frozenset[str]:
+        """Names of what is held below the lowest trained block: the frozen prefix; empty if the embedding trains."""
+        first = self.first_trained(layout)
+        rows = ((name, layout.params[name]) for name in self.holds)
+        names = frozenset(
+            name for name, row in rows if row.part == "embed" or (row.block is not None and row.block < first)
+        )
+        return frozenset() if names & self.trains else names
+
+    def caches(self, layout: Layout) -> bool:
+        """Whether the outputs of the frozen prefix are kept: the lever is on and there is a prefix."""
+        return bool(self.levers.prefix_cache and self.below(layout))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` gives the same plan back."""
         keep = {axis: [k.count, k.start, list(k.units) if k.units else None] for axis, k in self.keep.items()}
@@ -97,6 +114,7 @@ class Plan:
             "trains": sorted(self.trains),
             "keep": keep,
             "label": self.label,
+            "levers": self.levers.to_json(),
         }
 
     @staticmethod
@@ -106,7 +124,9 @@ class Plan:
             Axis(axis): Keep(count, start, tuple(units) if units else None)
             for axis, (count, start, units) in data["keep"].items()
         }
-        return Plan(frozenset(data["holds"]), frozenset(data["trains"]), keep, data["label"])
+        return Plan(
+            frozenset(data["holds"]), frozenset(data["trains"]), keep, data["label"], levers_from_json(data["levers"])
+        )
 
 
 def narrow(params: Params, layout: Layout, plan: Plan) -> Params:

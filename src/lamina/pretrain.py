@@ -27,6 +27,7 @@ from lamina.data.text import ALPHABET, encode, normalise, read_text
 from lamina.errors import UserError
 from lamina.layout import Params
 from lamina.model import Spec
+from lamina.ops import TORCH
 from lamina.turn import generator
 
 REPORT = "pretraining.json"
@@ -250,7 +251,7 @@ def _windows(ids: np.ndarray, starts: np.ndarray, length: int, device: torch.dev
 def _loss(spec: Spec, params: Params, windows: Tensor, precision: str) -> Tensor:
     with torch.autocast(windows.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model.forward(spec, params, windows[:, :-1])
-    return model.TORCH.cross_entropy(logits.float(), windows[:, 1:])
+    return TORCH.cross_entropy(logits.float(), windows[:, 1:])
 
 
 def _device(name: str) -> torch.device:

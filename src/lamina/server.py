@@ -9,11 +9,11 @@ from typing import Any
 
 from lamina import model
 from lamina.config import Experiment
-from lamina.cost import FLOAT_BYTES
 from lamina.engines import Engine
 from lamina.experiment import Outlook
 from lamina.job import Job, Turn, Update
 from lamina.layout import Layout, Params
+from lamina.ledger import FLOAT_BYTES
 from lamina.plan import Vote, merge, narrow
 from lamina.planner import choose_plan
 

@@ -1,0 +1,461 @@
+"""The client's kernels on shapes instead of numbers: what lives when, what is kept for backward, and operations.
+
+A `Shape` lives exactly as long as the tensor it stands for, since the same Python names hold it. Each kernel writes
+down what its real counterpart allocates, keeps and computes; the backward pass is replayed from what was written.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamina import optim
+from lamina.job import Local
+from lamina.layout import Layout
+from lamina.ops import Ops, chunk_tokens
+from lamina.packed import SLAB_ROWS, packable
+from lamina.plan import Plan
+from lamina.timeline import Storage, Timeline
+
+FLOAT_BYTES, INDEX_BYTES = 4, 8
+
+
+class Allocation:
+    """Memory in a timeline, from when this is made until nothing refers to it."""
+
+    def __init__(self, timeline: Timeline, size_bytes: int, category: str) -> None:
+        """Be born."""
+        self.timeline, self.storage = timeline, Storage(size_bytes, category)
+        timeline.born(self.storage)
+
+    def __del__(self) -> None:
+        """Be freed."""
+        self.timeline.died(self.storage)
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A step of the backward pass, or a leaf, where gradients come to rest.
+
+    Attributes:
+        order: Nodes made later go first.
+        saved: Kept until the step is done.
+        inputs: Where gradients go, and in which memory: new, of so many bytes; or given; or, where None, that of the
+            gradient that came in.
+        scratch_bytes: Needed while the step runs.
+        leaf: Category of the gradient of a leaf; None for a step.
+        grad: That gradient.
+        summed: Whether it is of this backward pass alone, so that a second part of it makes a new sum.
+    """
+
+    order: int
+    saved: list[Allocation] = field(default_factory=list)
+    inputs: list[tuple[Node, int | Allocation | None]] = field(default_factory=list)
+    scratch_bytes: int = 0
+    leaf: str | None = None
+    grad: Allocation | None = None
+    summed: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Shape:
+    """Stands for a tensor, with as much of its interface as the model and the client use.
+
+    Attributes:
+        ledger: Where it is booked.
+        shape: Its sizes.
+        memory: What it lives in; views share it.
+        node: Where its gradient goes; None if it needs none.
+        packed: Whether it is a `lamina.packed.Packed`.
+    """
+
+    ledger: Ledger
+    shape: tuple[int, ...]
+    memory: Allocation
+    node: Node | None = None
+    packed: bool = False
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        """Size of the first dimension."""
+        return self.shape[0]
+
+    def reshape(self, *shape: int) -> Shape:
+        """A view."""
+        known = math.prod(size for size in shape if size != -1)
+        sizes = tuple(self.numel() // known if size == -1 else size for size in shape)
+        return Shape(self.ledger, sizes, self.memory, self.node, self.packed)
+
+    def flatten(self, start: int) -> Shape:
+        """A view with the dimensions from `start` on as one."""
+        return self.reshape(*self.shape[:start], math.prod(self.shape[start:]))
+
+    def __getitem__(self, rows: slice) -> Shape:
+        """A view of some rows."""
+        return Shape(self.ledger, (len(range(*rows.indices(len(self)))), *self.shape[1:]), self.memory)
+
+    def __setitem__(self, rows: slice, value: Shape) -> None:
+        """Nothing to do: memory that is there is written."""
+
+    def detach(self) -> Shape:
+        """The same memory without a graph."""
+        return Shape(self.ledger, self.shape, self.memory)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it has a gradient."""
+        return self.node is not None
+
+    def requires_grad_(self, needed: bool = True) -> Shape:
+        """Make it a leaf, or not."""
+        category = "gradients" if self.memory.storage.category == "weights" else "temporary"
+        self.node = self.ledger.node(leaf=category) if needed else None
+        return self
+
+    @property
+    def grad(self) -> Shape | None:
+        """The gradient that came to rest here."""
+        found = self.node.grad if self.node else None
+        return Shape(self.ledger, self.shape, found) if found else None
+
+    def backward(self, gradient: Shape | None = None) -> None:
+        """Replay the graph behind it."""
+        self.ledger.backward(self, gradient)
+
+    def item(self) -> float:
+        """A number."""
+        return 0.0
+
+
+class Ledger(Ops):
+    """Kernels that keep accounts instead of computing; each follows what torch's kernel allocates and keeps.
+
+    Attributes:
+        timeline: What lives when.
+        saved_bytes: Kept for backward passes, all together. A storage kept twice counts once.
+        flops: Of forward and backward, by moment.
+        cached_rows: Examples whose prefix outputs the device keeps in a round.
+        warm: Whether the optimizer has its states from the beginning: a step that is not the first.
+    """
+
+    def __init__(self, cached_rows: int = 0, warm: bool = False) -> None:
+        """Open empty accounts."""
+        self.timeline = Timeline()
+        self.saved_bytes = 0
+        self.flops: Counter[str] = Counter()
+        self.cached_rows, self.warm = cached_rows, warm
+        self._nodes, self._times = 0, 1
+
+    def new(self, size_bytes: int, category: str = "temporary") -> Allocation:
+        """Allocate."""
+        return Allocation(self.timeline, size_bytes, category)
+
+    def node(self, **fields: Any) -> Node:
+        """A node that goes before all earlier ones."""
+        self._nodes += 1
+        return Node(self._nodes, **fields)
+
+    def blank(self, shape: Sequence[int], item_bytes: int = FLOAT_BYTES, category: str = "temporary") -> Tensor:
+        """A shape of its own, without a graph."""
+        return cast(Tensor, Shape(self, tuple(shape), self.new(item_bytes * math.prod(shape), category)))
+
+    def embed(self, ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The lookup keeps the ids when the table trains; table gradients are dense."""
+        found = self._out((*ids.shape, tokens.shape[1]), [tokens], [ids] if _shape(tokens).node else [])
+        width, length = positions.shape[1], ids.shape[1]
+        unpacked = self._unpacked(positions)
+        out = self._out(found.shape, [found, positions], [], scratch=FLOAT_BYTES * width * length, aliases=1)
+        del unpacked
+        return out
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Keeps its input, and mean and inverse deviation per row."""
+        statistics = self.blank((2, *x.shape[:-1]))
+        return self._out(x.shape, [x, weight, bias], [x, statistics])
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Keeps its input when the weight trains; one product forward, one more per gradient."""
+        self._products(x, weight)
+        sources = [x, weight] if bias is None else [x, weight, bias]
+        scratch = FLOAT_BYTES * weight.numel() if _shape(weight).packed else 0
+        unpacked = self._unpacked(weight)
+        shape = (*x.shape[:-1], weight.shape[0])
+        out = self._out(shape, sources, [x] if _shape(weight).node else [], scratch)
+        del unpacked
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Keeps its input."""
+        return self._out(x.shape, [x], [x])
+
+    def attention(self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int) -> Tensor:
+        """Keeps query, key, value, output and the log of the normaliser per head and token."""
+        batch, tokens, width = q_BSE.shape
+        normaliser = self.blank((batch, heads, tokens))
+        out = self._out((batch, tokens, v_BSE.shape[-1]), [q_BSE, k_BSE, v_BSE], [q_BSE, k_BSE, v_BSE, normaliser])
+        if node := _shape(out).node:
+            self._keep(node, [out])
+        self._count((6 if _shape(out).node else 2) * 2 * batch * tokens * tokens * width)
+        return out
+
+    def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        """Keeps nothing; both sides get the gradient itself, y a scaled copy where there is a scale."""
+        return self._out(x.shape, [x, y], [], aliases=2 if scale == 1.0 else 1)
+
+    def cross_entropy(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+        """Keeps the log-probabilities, the targets, and the divisor of the mean."""
+        log_probs, divisor = self.blank(logits_BSV.shape), self.blank((1,))
+        scratch = FLOAT_BYTES * logits_BSV.numel()
+        return self._out((1,), [logits_BSV], [log_probs, targets_BS, divisor], scratch)
+
+    def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Keeps the gradients that it finds, which are then the gradients; logits of one chunk meanwhile.
+
+        Beside the logits there are up to six numbers per token: the target's logit, the largest, the sum, and theirs.
+        """
+        self._products(x_BSD, weight_VD)
+        trained = [_shape(each) for each in (x_BSD, weight_VD) if _shape(each).node]
+        found = [_shape(self.blank(each.shape)) for each in trained]
+        vocabulary, width = weight_VD.shape
+        tokens = x_BSD.numel() // width
+        space = self.blank((chunk_tokens(tokens, vocabulary), vocabulary + 6))
+        slab = self.blank((min(SLAB_ROWS, vocabulary), width)) if _shape(weight_VD).packed else None
+        del space, slab
+        out = self._out((1,), [], [])
+        node = self.node(inputs=[(each.node, made.memory) for each, made in zip(trained, found, strict=True)])
+        if trained and torch.is_grad_enabled():
+            self._keep(node, cast(list[Tensor], found))
+            _shape(out).node = node
+        return out
+
+    def moment(self, name: str) -> None:
+        """What comes is booked under this name."""
+        self.timeline.moment = name
+
+    def slices(self, count: int, size: int) -> Iterator[slice]:
+        """The first, the second for all that are like it, and the last."""
+        first, *others = super().slices(count, size)
+        yield first
+        if others[:-1]:
+            self._times *= len(others) - 1
+            yield others[0]
+            self._times //= len(others) - 1
+        yield from others[-1:]
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """A shape with the array's memory."""
+        return cast(Tensor, Shape(self, array.shape, self.new(array.nbytes)))
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        """New memory."""
+        return self.blank(x.shape)
+
+    def rows(self, arrays: Mapping[str, Tensor], name: str, indices: np.ndarray) -> Tensor:
+        """New memory for the rows alone."""
+        return self.blank((len(indices), *cast(Held, arrays).shape(name)[1:]))
+
+    def hold(self, arrays: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
+        """As `lamina.packed.pack`."""
+        shape = cast(Held, arrays).shape(name)
+        if not packable(shape, bits):
+            return arrays[name]
+        scales = math.prod(shape[:-1]) * FLOAT_BYTES if bits == 8 else 0
+        memory = self.new(math.prod(shape) * bits // 8 + scales, "weights")
+        slab = (min(SLAB_ROWS, shape[0]), *shape[1:])
+        read, scaled = self.blank(slab), self.blank(slab, FLOAT_BYTES + 1) if bits == 8 else self.blank(slab, 2)
+        del read, scaled
+        return cast(Tensor, Shape(self, shape, memory, None, packed=True))
+
+    def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:
+        """Memory for all examples of the round if they are kept in it; reading makes a copy."""
+        return _Cache(self, self.cached_rows, shape, place, bits // 8)
+
+    def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> Any:
+        """States are born in the first step."""
+        return _Optimizer(self, [_shape(p) for p in params], kind)
+
+    def norm_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A number."""
+        return self.blank((1,))
+
+    def clip(self, params: Sequence[Tensor], limit: float, norm: Tensor) -> None:
+        """In place."""
+
+    def backward(self, out: Shape, gradient: Shape | None) -> None:
+        """Go through the graph behind `out`: gradients are born and merged, and what was kept for them is freed."""
+        assert out.node
+        arrived = {out.node: self.new(FLOAT_BYTES) if gradient is None else gradient.memory}
+        waiting = [(-out.node.order, out.node)]
+        leaves: list[Node] = []
+        while waiting:
+            node = heapq.heappop(waiting)[1]
+            incoming = arrived.pop(node)
+            scratch = self.new(node.scratch_bytes) if node.scratch_bytes else None
+            outgoing = [(to, self._gradient(memory, incoming)) for to, memory in node.inputs]
+            del scratch
+            node.saved.clear()
+            node.inputs.clear()
+            del incoming
+            while outgoing:
+                to, part = outgoing.pop()
+                if to.leaf:
+                    self._rest(to, part)
+                    leaves.append(to)
+                elif to in arrived:
+                    arrived[to] = self.new(part.storage.size_bytes)
+                else:
+                    arrived[to] = part
+                    heapq.heappush(waiting, (-to.order, to))
+                del part
+        for leaf in leaves:
+            leaf.summed = False
+
+    def _gradient(self, memory: int | Allocation | None, incoming: Allocation) -> Allocation:
+        if memory is None:
+            return incoming
+        return self.new(memory) if isinstance(memory, int) else memory
+
+    def _rest(self, leaf: Node, part: Allocation) -> None:
+        """A gradient, or a part of it, comes to a leaf; it is added in place to what earlier passes left there."""
+        if leaf.grad and not leaf.summed:
+            return
+        leaf.grad = self.new(part.storage.size_bytes) if leaf.grad else part
+        leaf.summed = True
+        leaf.grad.storage.category = cast(str, leaf.leaf)
+
+    def _count(self, operations: int) -> None:
+        self.flops[self.timeline.moment] += self._times * operations
+
+    def _products(self, x: Tensor, weight: Tensor) -> None:
+        graph = torch.is_grad_enabled()
+        products = 1 + graph * ((_shape(x).node is not None) + (_shape(weight).node is not None))
+        self._count(products * 2 * (x.numel() // x.shape[-1]) * weight.numel())
+
+    def _unpacked(self, weight: Tensor) -> Tensor | None:
+        return self.blank(weight.shape) if _shape(weight).packed else None
+
+    def _out(
+        self,
+        shape: Sequence[int],
+        sources: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        scratch: int = 0,
+        aliases: int = 0,
+    ) -> Tensor:
+        """A new tensor; the gradients of the first `aliases` sources are the memory of its own gradient."""
+        out = _shape(self.blank(shape))
+        edges = [(_shape(s).node, FLOAT_BYTES * s.numel() if i >= aliases else None) for i, s in enumerate(sources)]
+        inputs = [(node, size) for node, size in edges if node]
+        if inputs and torch.is_grad_enabled():
+            out.node = self.node(inputs=inputs, scratch_bytes=scratch)
+            self._keep(out.node, kept)
+        return cast(Tensor, out)
+
+    def _keep(self, node: Node, kept: Sequence[Tensor]) -> None:
+        """Let a node hold on to what it needs; parameters are there anyway."""
+        for each in kept:
+            memory = _shape(each).memory
+            if memory.storage.category == "weights":
+                continue
+            if memory.storage.category == "temporary":
+                memory.storage.category = "activations"
+                self.saved_bytes += memory.storage.size_bytes
+            node.saved.append(memory)
+
+
+@dataclass
+class Held(Mapping[str, Tensor]):
+    """The arrays of a job: each access makes a new shape, as reading from disk makes a new tensor."""
+
+    ledger: Ledger
+    layout: Layout
+    plan: Plan
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes on the device."""
+        return self.plan.shape(self.layout, name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor that the device holds."""
+        return self.ledger.blank(self.shape(name), category="weights")
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self.plan.holds)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self.plan.holds)
+
+
+@dataclass
+class Blank:
+    """Examples of which the tokens are as different as can be."""
+
+    examples: int
+    tokens: int
+    vocabulary: int
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return self.examples
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, int64 [rows, tokens] each."""
+        ids = (np.arange(len(rows) * self.tokens) % self.vocabulary).reshape(-1, self.tokens)
+        return ids, ids
+
+
+class _Cache:
+    """Stands for `flash.Kept` and `flash.Pages`."""
+
+    def __init__(self, ledger: Ledger, rows: int, shape: tuple[int, ...], place: str, item_bytes: int) -> None:
+        self._ledger, self._shape, self._item_bytes, self._place = ledger, shape, item_bytes, place
+        self._kept = ledger.blank((rows, *shape), item_bytes) if place == "ram" else None
+
+    def write(self, first: int, x: Tensor) -> None:
+        if self._kept is None and self._item_bytes < FLOAT_BYTES:
+            self._ledger.blank(x.shape, self._item_bytes)
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        found = self._ledger.blank((len(rows), *self._shape), self._item_bytes)
+        return found if self._item_bytes == FLOAT_BYTES else self._ledger.blank(found.shape)
+
+
+class _Optimizer:
+    """Stands for one of `lamina.optim`."""
+
+    def __init__(self, ledger: Ledger, params: Sequence[Shape], kind: optim.Kind) -> None:
+        self._ledger, self._params, self._kind = ledger, params, kind
+        self._states: Allocation | None = None
+        if ledger.warm:
+            self._begin()
+
+    def _begin(self) -> None:
+        size = sum(optim.state_bytes(self._kind, p.shape) for p in self._params)
+        self._states = self._ledger.new(size, "optimizer")
+
+    def step(self) -> None:
+        if self._states is None:
+            self._begin()
+        self._ledger.new(max(optim.scratch_bytes(self._kind, p.shape) for p in self._params))
+
+    def zero_grad(self) -> None:
+        for p in self._params:
+            if p.node:
+                p.node.grad = None
+
+
+def _shape(tensor: Tensor) -> Shape:
+    return cast(Shape, tensor)

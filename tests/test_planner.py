@@ -171,7 +171,8 @@ def test_the_misfit_message() -> None:
     assert misfit(Budget(memory_bytes=limit)) == (
         f"class 'weak' fits no plan of tiny-3: the cheapest needs {needed} of "
         f"memory, the budget is {human('memory_bytes', limit)}; activations are "
-        f"{human('memory_bytes', needs.memory.activations)} of the memory; try local.batch_size = 2, memory = "
+        f"{human('memory_bytes', needs.memory.activations)} of the memory; try local.batch_size = 2, "
+        f'levers = "exact", memory = '
         f'{needed} or method.on_infeasible = "drop"'
     )
 

@@ -314,6 +314,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
                         "peak_moment": str,
                     },
                     "plan": str,
+                    "levers": list,
                     "trained_blocks": int,
                     "binding": list,
                     "sat_out": int,

@@ -32,7 +32,10 @@ from lamina.pretrain import Pretrain
 ROOT = Path(__file__).parents[1]
 COMMON = "absent on_infeasible weighting"
 KEYS = {
-    "": (config.Experiment, "name rounds cohort networks seed eval_every workers task method local fleet"),
+    "": (
+        config.Experiment,
+        "name rounds cohort networks seed eval_every workers levers enforce task method local fleet",
+    ),
     "task shakespeare": (
         TASKS["shakespeare"],
         "path split devices alpha window stride scored train_fraction min_windows test_windows",
@@ -50,7 +53,7 @@ KEYS = {
 }
 OPTIONS = {
     "run": "FILE --set --resume --out --json",
-    "plan": "FILE --set --measure --json",
+    "plan": "FILE --set --measure --why --json",
     "methods": "--json",
     "pretrain": "FILE --set --json",
 }

@@ -15,6 +15,8 @@ from lamina import files
 from lamina.errors import UserError
 
 if TYPE_CHECKING:
+    from lamina.config import Experiment
+    from lamina.experiment import Outlook
     from lamina.run import Run
     from lamina.view import View
 
@@ -90,6 +92,7 @@ def plan(
     measured: Annotated[
         bool, typer.Option("--measure", help="Run two steps of each plan and measure its peak.")
     ] = False,
+    why: Annotated[str | None, typer.Option(metavar="CLASS", help="Explain the plan of one device class.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show which network is chosen and what every device class trains; trains nothing."""
@@ -99,6 +102,11 @@ def plan(
 
     experiment = config.load_experiment(file, overrides)
     outlook = look_ahead(experiment)
+    if why is not None:
+        if measured:
+            raise UserError("--why explains and --measure measures: take one of them")
+        _explain(experiment, outlook, why, as_json)
+        return
     network, classes = outlook.network_json(), outlook.classes_json()
     if measured:
         for row, found in zip(classes, measure_classes(experiment, outlook), strict=True):
@@ -109,6 +117,22 @@ def plan(
     view = View()
     for table in (tables.networks(network), tables.classes(classes), tables.memory(classes)):
         view.table(table)
+
+
+def _explain(experiment: Experiment, outlook: Outlook, name: str, as_json: bool) -> None:
+    from lamina import tables
+    from lamina.explain import explain
+    from lamina.view import View
+
+    found = explain(experiment, outlook, name)
+    if as_json:
+        _print_json(found)
+        return
+    view = View()
+    for table in tables.why(found):
+        view.table(table)
+    for sentence in tables.reasons(found):
+        view.say(sentence)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from lamina.data.shakespeare import Shakespeare
 from lamina.errors import UserError
 from lamina.fleet import DeviceClass
 from lamina.job import Local
+from lamina.levers import Allowed, rungs
 from lamina.methods import METHODS, Method
 from lamina.pretrain import Pretrain
 
@@ -33,6 +34,10 @@ class Experiment:
         cohort: Devices per round, drawn without replacement.
         eval_every: Rounds between evaluations; 0 evaluates only before the first and after the last.
         workers: Simulated devices computed at a time; 0 takes one per core. Changes no result.
+        levers: Ways to save memory that the planner may use, where a plan would not fit without: "none", "exact" (those
+            that leave the mathematics as it is), "all", or a list of names; see `docs/levers.md`.
+        enforce: Whether each device computes in a process that gets no more memory than its budget, so that one that
+            needs more fails. For proof, not for speed; on Linux. Changes no result.
         networks: Candidate networks: names of the package's, or folders.
         task: The `[task]` table.
         method: The `[method]` table.
@@ -47,6 +52,8 @@ class Experiment:
     seed: int = 0
     eval_every: int = 0
     workers: int = 0
+    levers: Allowed = "none"
+    enforce: bool = False
     task: Shakespeare = field(default_factory=Shakespeare)
     method: Method = field(default_factory=METHODS["caff"])
     local: Local = field(default_factory=Local)
@@ -66,6 +73,7 @@ class Experiment:
         for key in ("eval_every", "workers", "seed"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        list(rungs(self.levers))
         if not self.networks:
             raise ValueError("networks must name at least one network")
         names = [each.name for each in self.fleet]

@@ -51,6 +51,7 @@ class Outlook:
             "budget": asdict(group.budget),
             "predicted": choice.cost.to_json(),
             "plan": choice.plan.label if choice.plan else None,
+            "levers": choice.plan.levers.names() if choice.plan else [],
             "trained_blocks": self.chosen.trained_blocks(index),
             "binding": list(choice.binding),
             "sat_out": 0 if choice.plan else group.devices,
@@ -107,6 +108,6 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
             )
         if checkpoint.read_alphabet(folder) not in (None, ALPHABET):
             raise UserError(f"network {name} was trained on another alphabet than the task's")
-        candidates.append(assess(experiment.method, folder.name, spec, groups, local, tokens, steps))
-    chosen = choose_network(experiment.method, candidates, groups, local, tokens, steps)
+        candidates.append(assess(experiment.method, folder.name, spec, groups, local, tokens, steps, experiment.levers))
+    chosen = choose_network(experiment.method, candidates, groups, local, tokens, steps, experiment.levers)
     return Outlook(class_of, groups, tuple(candidates), chosen, folders[candidates.index(chosen)], steps)

@@ -151,3 +151,16 @@ class Update:
     examples: int
     steps: int
     loss: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Device -> server: nothing came out.
+
+    Attributes:
+        turn: Of the job.
+        reason: In a few words.
+    """
+
+    turn: Turn
+    reason: str

@@ -40,15 +40,20 @@ class Levers:
     frozen_bits: Literal[8, 16, 32] = 32
     optimizer: Literal["", "adamw8", "adafactor"] = ""
 
-    def names(self) -> list[str]:
-        """Of the levers that are on, as in `LADDER`, with a number where one matters: "micro_batch 4"."""
-        shown = []
+    def parts(self) -> list[tuple[str, dict[str, Any]]]:
+        """The levers that are on, in the order of `LADDER`: name, with a number where one matters, and fields."""
+        found = []
         for rung in LADDER:
-            if all(getattr(self, key) == value for key, value in rung.sets.items()):
-                shown.append(rung.name)
-            elif rung.name == "micro_batch" and self.micro_batch:
-                shown.append(f"micro_batch {self.micro_batch}")
-        return shown
+            values = {key: getattr(self, key) for key in rung.sets}
+            if rung.name == "micro_batch" and self.micro_batch:
+                found.append((f"micro_batch {self.micro_batch}", values))
+            elif values == rung.sets:
+                found.append((rung.name, values))
+        return found
+
+    def names(self) -> list[str]:
+        """Of the levers that are on."""
+        return [name for name, _ in self.parts()]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -87,6 +92,10 @@ LADDER = (
 )
 """All levers in the order in which the planner turns them on: exact before inexact, then by operations and time."""
 
+FREE = ("chunked_loss", "fused_update", "cache_ram", "cache_disk")
+"""Levers that cost no operations and hardly any time."""
+SLOW = ("micro_batch", "recompute")
+"""Exact levers that cost time: smaller passes; the forward of the trained blocks once more."""
 NAMES = tuple(rung.name for rung in LADDER)
 EXACT = tuple(rung.name for rung in LADDER if rung.exact)
 

@@ -7,16 +7,12 @@ they run is not seen; it is in the resident memory.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +23,11 @@ from torch.utils._pytree import tree_iter
 
 from lamina import client, model
 from lamina.cost import Memory, peak_json
+from lamina.data.task import Pairs, Shard
+from lamina.device import Devices
 from lamina.flash import Flash
-from lamina.job import Job, Local, Turn
-from lamina.model import Lora, Spec
+from lamina.job import Job, Local, Turn, Update
+from lamina.model import Spec
 from lamina.ops import Ops
 from lamina.packed import Packed
 from lamina.plan import Plan
@@ -56,62 +54,45 @@ class Measured:
         return peak_json(self.memory, self.moment) | {"rss_bytes": self.rss_bytes}
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Examples of random tokens: memory does not depend on what they say."""
-
-    examples: int
-    tokens: int
-    vocab: int
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return self.examples
-
-    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, int64 [rows, tokens] each."""
-        drawn = np.random.default_rng(int(rows[0])).integers(0, self.vocab, (2, len(rows), self.tokens))
-        return drawn[0].copy(), drawn[1].copy()
-
-
 def measure(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int = 2) -> Measured:
-    """Run the first local steps of a plan, at most two, on random weights and tokens, in a fresh process, and watch.
+    """Run the first local steps of a plan, at most two, on random weights and tokens, in a fresh process.
 
-    Raises:
-        RuntimeError: The process failed; the message ends with what it said.
+    Once watched, and once not, for the resident memory.
     """
-    request = {
-        "spec": asdict(spec),
-        "plan": plan.to_json(),
-        "local": asdict(local) | {"steps": min(steps, 2)},
-        "tokens": tokens,
-    }
-    command = [sys.executable, "-m", "lamina.measure"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring {plan.label!r} failed: {done.stderr.strip()[-500:]}")
-    answer = json.loads(done.stdout)
-    return Measured(Memory(**answer["memory"]), answer["moment"], answer["rss_bytes"])
+    job, shard = work(spec, plan, replace(local, steps=min(steps, 2)), tokens)
+    devices = Devices()
+    try:
+        plain, watched = devices.run(job, shard, spec), devices.run(job, shard, spec, watch=True).watched
+        assert watched
+        return Measured(Memory(**watched[0]), watched[1], plain.rss_bytes)
+    finally:
+        devices.close()
+
+
+def work(spec: Spec, plan: Plan, local: Local, tokens: int) -> tuple[Job, Pairs]:
+    """A job with random weights, and random examples for `local.steps` full batches."""
+    layout = model.layout(spec)
+    generator = torch.Generator().manual_seed(0)
+    arrays = {n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in sorted(plan.holds)}
+    drawn = np.random.default_rng(0).integers(0, spec.vocab, (2, local.steps * local.batch_size, tokens))
+    return Job(Turn(0, 0, 1, 0), plan, local, arrays), Pairs(*drawn)
 
 
 def watch(spec: Spec, plan: Plan, local: Local, tokens: int) -> Timeline:
-    """`local.steps` steps in this process: when each tensor was born and freed."""
-    with _work(spec, plan, local, tokens) as (job, shard), _Watch() as watched:
-        arrays = _SeenFlash(cast(Flash, job.arrays).path, watched)
-        client.train(replace(job, arrays=arrays), shard, spec, _SeenOps(watched))
-    return watched.timeline
-
-
-@contextmanager
-def _work(spec: Spec, plan: Plan, local: Local, tokens: int) -> Iterator[tuple[Job, Noise]]:
-    """A job with random weights, on disk as on a device, and random examples."""
-    layout = model.layout(spec)
-    generator = torch.Generator().manual_seed(0)
+    """`local.steps` steps of `work` in this process: when each tensor was born and freed."""
+    job, shard = work(spec, plan, local, tokens)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.safetensors"
-        shapes = {name: plan.shape(layout, name) for name in layout.params if name in plan.holds}
-        save_file({name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}, path)
-        yield Job(Turn(0, 0, 1, 0), plan, local, Flash(path)), Noise(local.steps * local.batch_size, tokens, spec.vocab)
+        path = Path(folder) / "arrays.safetensors"
+        save_file(dict(job.arrays), path)
+        return watch_job(replace(job, arrays=Flash(path)), shard, spec)[1]
+
+
+def watch_job(job: Job, shard: Shard, spec: Spec) -> tuple[Update, Timeline]:
+    """Train a job, its arrays on disk, in this process: the update, and when each tensor was born and freed."""
+    assert isinstance(job.arrays, Flash)
+    with _Watch() as watched:
+        update = client.train(replace(job, arrays=_SeenFlash(job.arrays.path, watched)), shard, spec, _SeenOps(watched))
+    return update, watched.timeline
 
 
 class _Watch(TorchDispatchMode):
@@ -207,41 +188,3 @@ class _SeenOps(Ops):
                 if each is not None:
                     self._watched.see(each).category = "weights"
         return packed
-
-
-def _resident_peak() -> int:
-    """Largest resident memory since `_forget_peak`, in bytes; 0 where /proc does not tell."""
-    try:
-        with open("/proc/self/status") as file:
-            line = next(line for line in file if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 0
-
-
-def _forget_peak() -> None:
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
-
-
-def _main() -> None:
-    """Answer one request: the round once plainly, for resident memory, and once watched."""
-    torch.set_num_threads(1)
-    request = json.load(sys.stdin)
-    lora = request["spec"].pop("lora")
-    spec = Spec(**request["spec"], lora=Lora(**lora | {"targets": tuple(lora["targets"])}) if lora else None)
-    plan, local, tokens = Plan.from_json(request["plan"]), Local(**request["local"]), request["tokens"]
-    with _work(spec, plan, local, tokens) as (job, shard):
-        _forget_peak()
-        before = _resident_peak()
-        client.train(job, shard, spec)
-        rss = _resident_peak() - before
-    peak, moment = watch(spec, plan, local, tokens).peak()
-    json.dump({"memory": peak, "moment": moment, "rss_bytes": rss}, sys.stdout)
-
-
-if __name__ == "__main__":
-    _main()

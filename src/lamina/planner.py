@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import lru_cache, reduce
 from typing import Any
 
 from lamina import model
@@ -12,6 +14,7 @@ from lamina.cost import Cost, cost
 from lamina.errors import UserError
 from lamina.fleet import RESOURCES, Budget
 from lamina.job import Local, Turn
+from lamina.levers import FREE, SLOW, Allowed, Levers, rungs
 from lamina.methods import Method
 from lamina.model import Spec
 from lamina.plan import Plan
@@ -49,6 +52,21 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """A plan with the levers it needs, or, where it does not fit, with those that bring it nearest.
+
+    Attributes:
+        plan: With its levers.
+        cost: Its price.
+        exceeded: The resources of which it needs more than there is; empty if it fits.
+    """
+
+    plan: Plan
+    cost: Cost
+    exceeded: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A network and what every group would do on it.
 
@@ -82,9 +100,16 @@ class Candidate:
 
 
 def choose_plan(
-    method: Method, spec: Spec, budget: Budget, local: Local, tokens: int, steps: int, turn: Turn
+    method: Method,
+    spec: Spec,
+    budget: Budget,
+    local: Local,
+    tokens: int,
+    steps: int,
+    turn: Turn,
+    levers: Allowed = "none",
 ) -> Choice:
-    """The first plan of the method that fits the budget.
+    """The first plan of the method that fits the budget, with no more levers than it needs.
 
     Args:
         method: It lists the plans.
@@ -94,25 +119,93 @@ def choose_plan(
         tokens: Sequence length.
         steps: Optimizer steps in the round.
         turn: The device and the round.
+        levers: Those that may be used.
     """
     limit = Budget() if method.on_infeasible == "ignore" else budget
     binding: tuple[str, ...] = ()
     for plan in method.plans(model.layout(spec), turn):
-        price = cost(spec, plan, local, tokens, steps)
-        exceeded = limit.exceeded(price)
-        if not exceeded:
-            return Choice(plan, price, binding)
-        binding = tuple(exceeded)
-    return Choice(None, price, binding)
+        fitted = fit(spec, plan, limit, local, tokens, steps, levers)
+        if not fitted.exceeded:
+            return Choice(fitted.plan, fitted.cost, binding)
+        binding = fitted.exceeded
+    return Choice(None, fitted.cost, binding)
+
+
+@lru_cache(maxsize=4096)
+def fit(spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps: int, allowed: Allowed) -> Fitted:
+    """The plan with the levers it needs to fit, cheapest first, and its price.
+
+    Levers that cost neither operations nor time worth mentioning come first, then several passes, then recomputing,
+    then the inexact ones. Within the first of these settings that fits, every lever that is not needed is let go.
+    What does not fit gets those that bring it nearest.
+    """
+
+    def price(levers: Levers) -> Cost:
+        return cost(spec, replace(plan, levers=levers), local, tokens, steps)
+
+    def fits(levers: Levers) -> bool:
+        return not limit.exceeded(price(levers))
+
+    def result(levers: Levers) -> Fitted:
+        return Fitted(replace(plan, levers=levers), price(levers), tuple(limit.exceeded(price(levers))))
+
+    if fits(Levers()):
+        return result(Levers())
+    settings = list(_settings(allowed))
+    last = [levers for inexact, levers in settings if inexact == settings[-1][0]]
+    if not any(map(fits, last)):
+        return min(map(result, last), key=lambda each: (len(each.exceeded), each.cost.memory_bytes))
+    found = next(levers for _, levers in settings if fits(levers))
+    return result(_let_go(found, allowed, local.batch_size, fits))
+
+
+def _settings(allowed: Allowed) -> Iterator[tuple[int, Levers]]:
+    """Combinations of levers from cheap to dear, each with its number of inexact ones."""
+    named = {rung.name: rung for rung in rungs(allowed)}
+    free: list[dict[str, Any]] = [{}, {}]
+    for name in FREE:
+        if name in named:
+            free[1] |= named[name].sets
+            if name != "cache_ram":  # which may take more memory than it saves
+                free[0] |= named[name].sets
+    slow: list[dict[str, Any]] = [{}, *(named[name].sets for name in SLOW if name in named)]
+    slow += [slow[1] | slow[2]] if len(slow) > 2 else []
+    inexact = [rung.sets for rung in named.values() if not rung.exact]
+    for count in range(len(inexact) + 1):
+        settled: dict[str, Any] = reduce(operator.or_, inexact[:count], {})
+        for costly in slow:
+            for base in free if free[0] != free[1] else free[:1]:
+                yield count, Levers(**base, **costly, **settled)
+
+
+def _let_go(levers: Levers, allowed: Allowed, batch: int, fits: Callable[[Levers], bool]) -> Levers:
+    """The same with every lever that is not needed off, dearest first, or weaker; still fitting."""
+    for rung in reversed(list(rungs(allowed))):
+        for key in rung.sets:
+            weaker = [getattr(Levers(), key)]
+            weaker += [other.sets[key] for other in rungs(allowed) if key in other.sets]
+            if key == "micro_batch" and levers.micro_batch:
+                weaker[1:] = [batch >> power for power in range(1, batch.bit_length())]
+            if getattr(levers, key) in weaker:
+                weaker = weaker[: weaker.index(getattr(levers, key)) + 1]
+            levers = next(new for value in weaker if fits(new := replace(levers, **{key: value})))
+    return levers
 
 
 def assess(
-    method: Method, name: str, spec: Spec, groups: Sequence[Group], local: Local, tokens: int, steps: int
+    method: Method,
+    name: str,
+    spec: Spec,
+    groups: Sequence[Group],
+    local: Local,
+    tokens: int,
+    steps: int,
+    levers: Allowed = "none",
 ) -> Candidate:
     """What every group would do on one network."""
     adapted = method.adapt(spec)
     turn = Turn(seed=0, round=0, rounds=1)
-    choices = tuple(choose_plan(method, adapted, group.budget, local, tokens, steps, turn) for group in groups)
+    choices = tuple(choose_plan(method, adapted, group.budget, local, tokens, steps, turn, levers) for group in groups)
     layout = model.layout(adapted)
     trained = [choice.plan.trained_blocks(layout) if choice.plan else 0 for choice in choices]
     mean = Fraction(
@@ -131,6 +224,7 @@ def choose_network(
     local: Local,
     tokens: int,
     steps: int,
+    levers: Allowed = "none",
 ) -> Candidate:
     """The feasible network with the largest mean number of trained blocks; of equals, the deepest (CAFF, 2411.07826).
 
@@ -160,11 +254,14 @@ def choose_network(
         text += f"; {category} are {human('bytes', size)} of the memory"
     budget = " and ".join(f"{RESOURCES[name]} = {size}" for name, size in needs.items())
     remedies = [budget] if method.on_infeasible == "drop" else [budget, 'method.on_infeasible = "drop"']
+    budget_of, spec = group.budget, nearest.spec
+    if levers == "none" and choose_plan(method, spec, budget_of, local, tokens, steps, Turn(0, 0, 1), "exact").plan:
+        remedies.insert(0, 'levers = "exact"')
     halves = (local.batch_size >> power for power in range(1, local.batch_size.bit_length()))
     for size in halves:
         smaller = replace(local, batch_size=size)
         more = steps if local.steps else -(-steps * local.batch_size // size)  # as many passes over the data
-        if choose_plan(method, nearest.spec, group.budget, smaller, tokens, more, Turn(0, 0, 1)).plan:
+        if choose_plan(method, spec, budget_of, smaller, tokens, more, Turn(0, 0, 1), levers).plan:
             remedies.insert(0, f"local.batch_size = {size}")
             break
     raise UserError(f"{text}; try {' or '.join(filter(None, (', '.join(remedies[:-1]), remedies[-1])))}")

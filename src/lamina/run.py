@@ -113,7 +113,7 @@ class Run:
         """
         torch.set_num_threads(1)  # the number of threads changes the last bits
         tick = time.perf_counter()
-        engine = engine or LocalEngine(self.outlook.chosen.spec, self.task.train, self.workers)
+        engine = engine or self._engine()
         examples = [len(shard) for shard in self.task.train]
         if self.before is None:
             self.before = self.score()
@@ -126,6 +126,15 @@ class Run:
             tick = self._commit(tick)
             on_round(row, rows)
         return self._finish(tick)
+
+    def _engine(self) -> Engine:
+        spec, shards, outlook = self.outlook.chosen.spec, self.task.train, self.outlook
+        if self.experiment.enforce:
+            from lamina.engines.enforced import EnforcedEngine
+
+            budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
+            return EnforcedEngine(spec, shards, budgets, self.workers)
+        return LocalEngine(spec, shards, self.workers)
 
     def _evaluate_if_due(self) -> Score | None:
         done, every = self.state.round, self.experiment.eval_every

@@ -11,7 +11,7 @@ from lamina import model
 from lamina.config import Experiment
 from lamina.engines import Engine
 from lamina.experiment import Outlook
-from lamina.job import Job, Turn, Update
+from lamina.job import Failure, Job, Turn, Update
 from lamina.layout import Layout, Params
 from lamina.ledger import FLOAT_BYTES
 from lamina.plan import Vote, merge, narrow
@@ -100,7 +100,7 @@ def play_round(
     jobs, rows, flops = _ask(experiment, outlook, examples, state)
     votes = []
     pending = set(jobs)
-    for done, update in enumerate(engine.run(jobs.values()), 1):
+    for update in engine.run(jobs.values()):
         device = update.turn.device
         if device not in pending:  # never asked, or answered before: an engine may deliver twice
             continue
@@ -109,6 +109,10 @@ def play_round(
             rows[device] = replace(rows[device], rejected="answers another round")
             continue
         pending.remove(device)
+        progress(len(jobs) - len(pending), len(jobs))
+        if isinstance(update, Failure):
+            rows[device] = replace(rows[device], rejected=update.reason)
+            continue
         rejected = fault(update, job, layout)
         rows[device] = replace(
             rows[device],
@@ -119,7 +123,6 @@ def play_round(
         )
         if rejected is None:
             votes.append(Vote(device, job.plan, update.arrays, experiment.method.weight(update)))
-        progress(done, len(jobs))
     params = merge(state.params, layout, votes, experiment.method.absent) if votes else state.params
     return _after(state, params, jobs, votes, rows), [rows[device] for device in sorted(rows)]
 
@@ -137,7 +140,7 @@ def _ask(
         turn = Turn(experiment.seed, state.round, experiment.rounds, device)
         group = outlook.class_of[device]
         budget, steps = outlook.groups[group].budget, local.round_steps(examples[device])
-        choice = choose_plan(experiment.method, spec, budget, local, tokens, outlook.steps, turn)
+        choice = choose_plan(experiment.method, spec, budget, local, tokens, outlook.steps, turn, experiment.levers)
         if choice.plan is None:
             rows[device] = DeviceRow(device, group, None, 0)
             continue

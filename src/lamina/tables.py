@@ -10,6 +10,7 @@ from typing import Any
 from lamina.fleet import RESOURCES
 from lamina.units import human
 
+_BAR = 40
 _KINDS = {
     "mean_over_devices": "mean over devices",
     "weighted": "weighted by characters",
@@ -50,14 +51,15 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
         (
             row["name"],
             row["plan"] or "sits out",
+            ", ".join(row["levers"]),
             str(row["devices"]),
             *(human(resource, row["predicted"][resource], row["budget"][resource]) for resource in columns),
             _limit(row),
         )
         for row in rows
     ]
-    head = ("class", "trains blocks", "devices", *(RESOURCES[resource] for resource in columns), "limited by")
-    return Table("Device classes (per device and round: predicted / budget)", head, lines, left=2)
+    head = ("class", "trains blocks", "levers", "devices", *(RESOURCES[resource] for resource in columns), "limited by")
+    return Table("Device classes (per device and round: predicted / budget)", head, lines, left=3)
 
 
 def _limit(row: Mapping[str, Any]) -> str:
@@ -84,6 +86,60 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> Table:
             lines.append(line(f"{row['name']}, measured", row["measured"]))
     heads = (category.removesuffix("_bytes") for category in categories)
     return Table("Memory at the peak, predicted", ("class", *heads, "all", "when"), lines)
+
+
+def why(found: Mapping[str, Any]) -> list[Table]:
+    """The memory of a class at the peak, without levers and with one more of them at a time: drawn, and in numbers."""
+    steps, budget = found["waterfall"], found["budget"]["memory_bytes"]
+    categories = list(steps[0]["memory"])
+    scale = max([step["peak_bytes"] for step in steps] + [budget or 0]) / _BAR
+    end = round(budget / scale) if budget else -1
+
+    def drawn(step: Mapping[str, Any]) -> tuple[str, ...]:
+        bar = "".join(mark * round(step["memory"][c] / scale) for c, mark in zip(categories, "WGOAT", strict=True))
+        marked = "".join("|" if i == end else letter for i, letter in enumerate(bar.ljust(_BAR + 1)))
+        operations = f"{step['flops'] / steps[0]['flops']:.2f} x"
+        return step["step"], marked.rstrip(), human("bytes", step["peak_bytes"]), operations
+
+    def numbers(step: Mapping[str, Any]) -> tuple[str, ...]:
+        sizes = (human("bytes", step["memory"][category]) for category in categories)
+        return step["step"], *sizes, step["peak_moment"]
+
+    heads = [category.removesuffix("_bytes") for category in categories]
+    limit = f"; | budget {human('bytes', budget)}" if budget else ""
+    title = f"Memory of {found['class']} at the peak ({', '.join(f'{h[0].upper()} {h}' for h in heads)}{limit})"
+    return [
+        Table(title, ("levers", "", "memory", "operations"), [drawn(step) for step in steps], left=2),
+        Table("The same in numbers", ("levers", *heads, "when"), [numbers(step) for step in steps]),
+    ]
+
+
+def reasons(found: Mapping[str, Any]) -> list[str]:
+    """The rest of the answer to "why?", a sentence each."""
+    limited = " and ".join(RESOURCES[name] for name in found["binding"])
+    trains = f"trains {found['plan']}" if found["plan"] else "sits out"
+    said = [f"{found['class']}: {found['devices']} devices; on {found['network']} each {trains}"]
+    if limited:
+        said[0] += f"; more is limited by {limited}"
+    if richer := found["richer"]:
+        lacks = [f"+{human(name, size, up=True)} {RESOURCES[name]}" for name, size in richer["missing"].items()]
+        said.append(f"{' and '.join(lacks)} would train {_with(richer)}")
+    if cheaper := found["cheaper"]:
+        used = cheaper["predicted"]
+        said.append(
+            f"the next cheaper plan, {_with(cheaper)}, takes {human('bytes', used['memory_bytes'])} of memory, "
+            f"{human('bytes', used['up_bytes'])} up and {human('flops', used['flops'])}"
+        )
+    now = {"plan": found["plan"], "levers": found["levers"]}
+    for allowed, other in found["with_levers"].items():
+        if other != now:
+            said.append(f'with levers = "{allowed}" it would train {_with(other)}')
+            now = other
+    return said
+
+
+def _with(found: Mapping[str, Any]) -> str:
+    return str(found["plan"]) + (f" ({', '.join(found['levers'])})" if found["levers"] else "")
 
 
 def outcome(summary: Mapping[str, Any]) -> Table:

@@ -20,6 +20,27 @@ class Shard(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """Examples as two arrays, in memory or mapped from a file.
+
+    Attributes:
+        inputs: int64 [examples, tokens].
+        targets: int64 [examples, tokens].
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.inputs)
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the examples `rows`, int64 [rows, tokens] each."""
+        return np.array(self.inputs[rows]), np.array(self.targets[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Everyone's data.
 

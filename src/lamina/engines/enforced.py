@@ -1,0 +1,44 @@
+"""Devices simulated in processes that get no more memory than their budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+from lamina.data.task import Shard
+from lamina.device import Devices
+from lamina.job import Failure, Job, Update
+from lamina.limits import demand_limits
+from lamina.model import Spec
+
+
+class EnforcedEngine:
+    """Runs each job in a child of one of `workers` processes. A device that needs too much costs its own update."""
+
+    def __init__(self, spec: Spec, shards: Sequence[Shard], budgets_bytes: Sequence[int | None], workers: int) -> None:
+        """Serve the given shards and budgets, indexed by device, on a network.
+
+        Raises:
+            UserError: Memory cannot be limited on this system.
+        """
+        demand_limits()
+        self._spec, self._shards, self._budgets_bytes = spec, shards, budgets_bytes
+        self._workers, self._idle = workers, SimpleQueue[Devices]()
+        for _ in range(workers):
+            self._idle.put(Devices())
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        """Answers in the order of the jobs."""
+        with ThreadPoolExecutor(self._workers) as pool:
+            try:
+                yield from pool.map(self._train, jobs)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _train(self, job: Job) -> Update | Failure:
+        devices, device = self._idle.get(), job.turn.device
+        try:
+            return devices.run(job, self._shards[device], self._spec, self._budgets_bytes[device]).answer
+        finally:
+            self._idle.put(devices)

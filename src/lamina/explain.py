@@ -1,0 +1,79 @@
+"""Why a class of devices gets the plan it gets: what binds, what each lever saves, and what more or less would take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from lamina import model
+from lamina.config import Experiment, nearest
+from lamina.cost import cost
+from lamina.errors import UserError
+from lamina.experiment import Outlook
+from lamina.fleet import Budget
+from lamina.job import Local, Turn
+from lamina.levers import Allowed, Levers, rungs
+from lamina.model import Spec
+from lamina.planner import Fitted, choose_plan, fit
+
+SCHEMA = "lamina.why/1"
+
+
+def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, Any]:
+    """Everything about the plan of one class, as plain data; documented in docs/json.md.
+
+    Raises:
+        UserError: There is no such class.
+    """
+    names = [group.name for group in outlook.groups]
+    if name not in names:
+        raise UserError(f"no fleet class {name!r}; {nearest(name, names)}")
+    index = names.index(name)
+    group, choice, spec = outlook.groups[index], outlook.chosen.choices[index], outlook.chosen.spec
+    work = (experiment.local, experiment.task.window, outlook.steps)
+    limit = Budget() if experiment.method.on_infeasible == "ignore" else group.budget
+    plans = list(experiment.method.plans(model.layout(spec), Turn(experiment.seed, 0, experiment.rounds)))
+    fitted = [fit(spec, plan, limit, *work, experiment.levers) for plan in plans]
+    taken = next((i for i, each in enumerate(fitted) if not each.exceeded), None)
+    shown = fitted[-1 if taken is None else taken]
+    others = {}
+    wider: tuple[Allowed, ...] = ("exact", "all")
+    for allowed in wider:
+        found = choose_plan(experiment.method, spec, group.budget, *work, Turn(0, 0, 1), allowed).plan
+        if found:
+            others[str(allowed)] = {"plan": found.label, "levers": found.levers.names()}
+    return {
+        "schema": SCHEMA,
+        "class": name,
+        "devices": group.devices,
+        "budget": asdict(group.budget),
+        "network": outlook.chosen.name,
+        "plan": choice.plan.label if choice.plan else None,
+        "levers": shown.plan.levers.names(),
+        "allowed": [rung.name for rung in rungs(experiment.levers)],
+        "binding": list(choice.binding),
+        "predicted": shown.cost.to_json(),
+        "waterfall": _waterfall(spec, shown, work),
+        "richer": _neighbour(fitted[taken - 1], limit) if taken else None,
+        "cheaper": _neighbour(fitted[taken + 1], limit) if taken is not None and taken + 1 < len(fitted) else None,
+        "with_levers": others,
+    }
+
+
+def _waterfall(spec: Spec, fitted: Fitted, work: tuple[Local, int, int]) -> list[dict[str, Any]]:
+    """The price without levers, then with one more of the plan's at a time."""
+    rows, on = [("no levers", Levers())], Levers()
+    for name, values in fitted.plan.levers.parts():
+        on = replace(on, **values)
+        rows.append((f"+ {name}", on))
+    return [{"step": text, **cost(spec, replace(fitted.plan, levers=levers), *work).to_json()} for text, levers in rows]
+
+
+def _neighbour(fitted: Fitted, limit: Budget) -> dict[str, Any]:
+    """A plan next to the one taken; `missing`: of each resource, what the budget lacks."""
+    return {
+        "plan": fitted.plan.label,
+        "levers": fitted.plan.levers.names(),
+        "predicted": fitted.cost.to_json(),
+        "missing": {name: getattr(fitted.cost, name) - getattr(limit, name) for name in fitted.exceeded},
+    }

@@ -1,15 +1,19 @@
-"""Predicted against measured peak of live tensor bytes, over a grid of networks, plans and settings.
+"""Predicted against measured peak of live tensor bytes, over a grid of networks, plans, levers and settings.
 
     python benchmarks/memory.py benchmarks/memory.json
 
-Each cell runs two real steps on random weights and tokens in this process and watches every tensor that torch makes.
+Every combination of GRID is one cell; its levers and its optimizer are drawn, so that each meets each of the others
+many times. A second grid, OTHER, has shapes that the first has not. A cell runs two real steps on random weights and
+tokens in this process and watches every tensor that torch makes. The same command goes on after a stop.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import asdict
+import json
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +22,52 @@ import torch
 from lamina import files, model
 from lamina.cost import cost
 from lamina.job import Local, Turn
+from lamina.levers import Levers
 from lamina.measure import watch
 from lamina.methods import METHODS
 from lamina.model import Spec
 from lamina.run import environment
+from lamina.turn import generator
 
 GRID: dict[str, tuple[Any, ...]] = {
+    "embed": (64,),
     "depth": (3, 6, 12),
-    "tokens": (64, 128),
-    "batch": (1, 8),
-    "vocabulary": (96, 8192),
-    "method": ("caff", "lora"),
-    "optimizer": ("sgd", "adamw"),
+    "tokens": (64, 128, 512),
+    "batch": (1, 8, 32),
+    "vocabulary": (96, 8192, 50257),
+    "method": ("caff", "lora", "fedavg"),
     "trained": ("one", "half", "all"),
 }
-EMBED, HEADS = 128, 4
+OTHER: dict[str, tuple[Any, ...]] = {
+    "embed": (48, 160),
+    "depth": (4, 7),
+    "tokens": (37, 200),
+    "batch": (3, 13),
+    "vocabulary": (257, 3001),
+    "method": ("caff", "lora", "fedavg"),
+    "trained": ("one", "half", "all"),
+}
+EXACT = {"chunked_loss": True, "fused_update": True, "prefix_cache": "disk", "recompute": True}
+LEVERS: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"chunked_loss": True},
+    {"fused_update": True},
+    {"prefix_cache": "ram"},
+    {"prefix_cache": "disk"},
+    {"micro_batch": 1},
+    {"micro_batch": 4},
+    {"recompute": True},
+    EXACT,
+    EXACT,
+    EXACT | {"micro_batch": 2},
+    EXACT | {"frozen_bits": 8},
+    {"frozen_bits": 16, "prefix_cache": "ram", "cache_bits": 16},
+    {"frozen_bits": 8},
+    {"optimizer": "adamw8", "fused_update": True},
+    {"optimizer": "adafactor", "recompute": True},
+)
+OPTIMIZERS = ("adamw", "adamw", "sgd", "momentum", "adamw8", "adafactor")
 
 
 def main() -> None:
@@ -41,45 +76,73 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     path = parser.parse_args().path
     torch.set_num_threads(1)
-    cells = [cell(**dict(zip(GRID, values, strict=True))) for values in itertools.product(*GRID.values())]
-    errors = [each["predicted_bytes"] / each["measured_bytes"] - 1 for each in cells]
-    summary = {
-        "cells": len(cells),
-        "embed": EMBED,
-        "largest_over": max(0.0, *errors),
-        "largest_under": max(0.0, *(-error for error in errors)),
-        "exact": sum(error == 0 for error in errors),
-    }
-    print(summary)
+    cells = json.loads(path.read_text())["cells"] if path.exists() else []
+    done = {json.dumps(cell["settings"]) for cell in cells}
+    last = time.monotonic()
+    for settings in wanted():
+        if json.dumps(settings) not in done:
+            cells.append(cell(settings))
+            if time.monotonic() - last > 20:
+                write(path, cells)
+                last = time.monotonic()
+    print(json.dumps(write(path, cells), indent=1))
+
+
+def wanted() -> list[dict[str, Any]]:
+    """The settings of all cells."""
+    found = []
+    for grid in (GRID, OTHER):
+        for values in itertools.product(*grid.values()):
+            settings = dict(zip(grid, values, strict=True))
+            if settings["method"] == "fedavg" and settings["trained"] != "all":
+                continue
+            rng = generator("memory", *values)
+            settings["levers"] = LEVERS[rng.integers(len(LEVERS))]
+            settings["optimizer"] = OPTIMIZERS[rng.integers(len(OPTIMIZERS))]
+            settings["grid"] = "other" if grid is OTHER else "grid"
+            found.append(settings)
+    return found
+
+
+def write(path: Path, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write cells and their summary; returns the summary."""
+    summary = {}
+    for grid in ("grid", "other"):
+        found = [cell for cell in cells if cell["settings"]["grid"] == grid]
+        errors = [cell["predicted_bytes"] / cell["measured_bytes"] - 1 for cell in found]
+        summary[grid] = {
+            "cells": len(found),
+            "largest_over": max([0.0, *errors]),
+            "largest_under": max([0.0, *(-error for error in errors)]),
+            "within_a_kilobyte": sum(abs(cell["predicted_bytes"] - cell["measured_bytes"]) < 1024 for cell in found),
+        }
     files.write_json(path, {"summary": summary, "environment": environment(), "cells": cells})
+    return summary
 
 
-def cell(
-    depth: int, tokens: int, batch: int, vocabulary: int, method: str, optimizer: Any, trained: str
-) -> dict[str, Any]:
+def cell(settings: dict[str, Any]) -> dict[str, Any]:
     """One cell: its settings, the two peaks, and the largest difference in any category."""
-    settings = {"depth": "budget"} if method == "lora" else {}
-    chosen = METHODS[method](**settings)
-    plain = Spec(depth, EMBED, HEADS, EMBED // HEADS, 4 * EMBED, vocabulary, tokens)
+    s = settings
+    chosen = METHODS[s["method"]](**({"depth": "budget"} if s["method"] == "lora" else {}))
+    heads = max(1, s["embed"] // 16)
+    plain = Spec(s["depth"], s["embed"], heads, s["embed"] // heads, 4 * s["embed"], s["vocabulary"], s["tokens"])
     spec = chosen.adapt(plain)
     layout = model.layout(spec)
-    wanted = {"one": 1, "half": depth // 2, "all": depth}[trained]
-    plan = next(p for p in chosen.plans(layout, Turn(0, 0, 1)) if p.trained_blocks(layout) == wanted)
-    local = Local(lr=1e-3, optimizer=optimizer, batch_size=batch, steps=2)
-    predicted = cost(spec, plan, local, tokens, 2)
-    measured, _ = watch(spec, plan, local, tokens).peak()
+    blocks = {"one": 1, "half": s["depth"] // 2, "all": s["depth"]}[s["trained"]]
+    plan = next(p for p in chosen.plans(layout, Turn(0, 0, 1)) if p.trained_blocks(layout) == blocks)
+    plan = replace(plan, levers=Levers(**s["levers"]))
+    momentum = 0.9 if s["optimizer"] == "momentum" else 0.0
+    kind = s["optimizer"] if not momentum else "sgd"
+    local = Local(lr=1e-3, optimizer=kind, momentum=momentum, batch_size=s["batch"], steps=2)
+    predicted = cost(spec, plan, local, s["tokens"], 2)
+    measured, moment = watch(spec, plan, local, s["tokens"]).peak()
     parts = asdict(predicted.memory)
     return {
-        "depth": depth,
-        "tokens": tokens,
-        "batch": batch,
-        "vocabulary": vocabulary,
-        "method": method,
-        "optimizer": optimizer,
-        "trained_blocks": wanted,
+        "settings": settings,
         "predicted_bytes": predicted.memory_bytes,
         "measured_bytes": sum(measured.values()),
-        "peak_moment": predicted.moment,
+        "predicted_moment": predicted.moment,
+        "measured_moment": moment,
         "largest_difference_bytes": max(abs(parts[name] - measured.get(name, 0)) for name in parts),
     }
 

@@ -47,7 +47,7 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
     below: frozenset[str] = frozenset()
     if job.plan.caches(layout):
         below = job.plan.below(layout)
-        source = _run_prefix(job, shard, spec, np.unique(np.concatenate(batches)), ops)
+        source = _run_prefix(job, shard, spec, ops.examples(np.unique(np.concatenate(batches))), ops)
     ops.moment("load")
     params = {name: _hold(job, name, ops) for name in layout.params if name in job.plan.holds - below}
     trainer = _Trainer(spec, job, params, bool(below), ops)

@@ -103,13 +103,13 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
         The price, from shapes alone.
     """
     examples = steps * local.batch_size if local.steps else -(-steps * local.batch_size // local.epochs)
-    ledger = Ledger(cached_rows=examples, warm=steps > 1)  # one step stands for all: none takes more than the second
+    ledger = Ledger(examples, warm=steps > 1)  # one step stands for all: none takes more than the second
     layout = model.layout(spec)
     held = Held(ledger, layout, plan)
     job = Job(Turn(0, 0, 1), plan, replace(local, steps=1), held)
     shard = Blank(local.batch_size, tokens, spec.vocab)
     client.train(job, shard, spec, ledger)
-    once = ledger.flops.pop("prefix", 0) * examples // len(shard) if plan.caches(layout) else 0
+    once = ledger.flops.pop("prefix", 0) if plan.caches(layout) else 0
     peak, moment = ledger.timeline.peak()
     return Cost(
         Memory(**peak),

@@ -16,7 +16,7 @@ import tempfile
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,10 @@ from lamina.model import Lora, Spec
 from lamina.plan import Plan
 from lamina.units import human
 
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_ENVIRONMENT = _ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""}
+
+Look = Literal["", "tensors", "allocator"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Outcome:
     Attributes:
         answer: The update, or why there is none.
         rss_bytes: Growth of its resident memory over what it was before the job; 0 where the system does not tell.
-        watched: With `watch`, live tensor bytes by category and the moment, both at the peak.
+        watched: With look = "tensors": live tensor bytes by category and the moment, both at the peak.
+        allocator_bytes: With look = "allocator": most that torch's allocator had given out at a time.
     """
 
     answer: Update | Failure
-    rss_bytes: int
-    watched: tuple[dict[str, int], str] | None
+    rss_bytes: int = 0
+    watched: tuple[dict[str, int], str] | None = None
+    allocator_bytes: int = 0
 
 
 class Devices:
@@ -64,7 +69,7 @@ class Devices:
         )
         self.close = weakref.finalize(self, _stop, self._process)
 
-    def run(self, job: Job, shard: Shard, spec: Spec, limit_bytes: int | None = None, watch: bool = False) -> Outcome:
+    def run(self, job: Job, shard: Shard, spec: Spec, limit_bytes: int | None = None, look: Look = "") -> Outcome:
         """Train a job in a child.
 
         Args:
@@ -72,18 +77,18 @@ class Devices:
             shard: The device's examples.
             spec: The network.
             limit_bytes: Of memory; None does not limit.
-            watch: Whether to watch all tensors meanwhile, see `lamina.measure`.
+            look: What to look at meanwhile, see `lamina.measure`; it costs memory itself.
 
         Raises:
             RuntimeError: The child met an error that is no lack of memory.
         """
         with tempfile.TemporaryDirectory(prefix="lamina-device-") as name:
             folder = Path(name)
-            _write(folder, job, shard, spec, limit_bytes, watch)
+            _write(folder, job, shard, spec, limit_bytes, look)
             code = self._ask(folder)
             if code is None or code < 0:
                 ended = f" by {signal.Signals(-code).name}" if code else ""
-                return Outcome(Failure(job.turn, f"its process was ended{ended}"), 0, None)
+                return Outcome(Failure(job.turn, f"its process was ended{ended}"))
             if code:
                 raise RuntimeError(f"the process of device {job.turn.device} failed; see what it wrote above")
             return _read(folder, job)
@@ -109,7 +114,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
             process.stdin.close()
 
 
-def _write(folder: Path, job: Job, shard: Shard, spec: Spec, limit_bytes: int | None, watch: bool) -> None:
+def _write(folder: Path, job: Job, shard: Shard, spec: Spec, limit_bytes: int | None, look: Look) -> None:
     ids, targets = shard.batch(np.arange(len(shard)))
     np.save(folder / "ids.npy", ids)
     np.save(folder / "targets.npy", targets)
@@ -120,7 +125,7 @@ def _write(folder: Path, job: Job, shard: Shard, spec: Spec, limit_bytes: int | 
         "plan": job.plan.to_json(),
         "local": asdict(job.local),
         "limit_bytes": limit_bytes,
-        "watch": watch,
+        "look": look,
     }
     files.write_json(folder / "request.json", request)
 
@@ -128,9 +133,9 @@ def _write(folder: Path, job: Job, shard: Shard, spec: Spec, limit_bytes: int | 
 def _read(folder: Path, job: Job) -> Outcome:
     answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     if answer["reason"]:
-        return Outcome(Failure(job.turn, answer["reason"]), answer["rss_bytes"], None)
+        return Outcome(Failure(job.turn, answer["reason"]), answer["rss_bytes"])
     update = Update(job.turn, load_file(folder / "update.safetensors"), **answer["update"])
-    return Outcome(update, answer["rss_bytes"], answer["watched"])
+    return Outcome(update, answer["rss_bytes"], answer["watched"], answer["allocator_bytes"])
 
 
 def _serve() -> None:
@@ -152,6 +157,8 @@ def _serve() -> None:
 
 
 def _answer(folder: Path) -> None:
+    from lamina import measure
+
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     lora = request["spec"].pop("lora")
     spec = Spec(**request["spec"], lora=Lora(**lora | {"targets": tuple(lora["targets"])}) if lora else None)
@@ -159,17 +166,17 @@ def _answer(folder: Path) -> None:
     job = Job(Turn(**request["turn"]), plan, local, Flash(folder / "arrays.safetensors"))
     examples = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("ids", "targets"))
     shard, limit_bytes = Pairs(*examples), request["limit_bytes"]
-    answer: dict[str, Any] = {"reason": None, "watched": None}
+    answer: dict[str, Any] = {"reason": None, "watched": None, "allocator_bytes": 0}
     touch()
     before = start_count()
     update = None
     try:
         with limited(limit_bytes):
-            if request["watch"]:
-                from lamina.measure import watch_job
-
-                update, timeline = watch_job(job, shard, spec)
+            if request["look"] == "tensors":
+                update, timeline = measure.watch_job(job, shard, spec)
                 answer["watched"] = timeline.peak()
+            elif request["look"] == "allocator":
+                update, answer["allocator_bytes"] = measure.count_allocations(job, shard, spec)
             else:
                 update = client.train(job, shard, spec)
     except (MemoryError, RuntimeError) as error:

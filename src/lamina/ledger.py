@@ -145,16 +145,16 @@ class Ledger(Ops):
         timeline: What lives when.
         saved_bytes: Kept for backward passes, all together. A storage kept twice counts once.
         flops: Of forward and backward, by moment.
-        cached_rows: Examples whose prefix outputs the device keeps in a round.
+        round_examples: Different examples that the device uses in a round.
         warm: Whether the optimizer has its states from the beginning: a step that is not the first.
     """
 
-    def __init__(self, cached_rows: int = 0, warm: bool = False) -> None:
+    def __init__(self, round_examples: int, warm: bool = False) -> None:
         """Open empty accounts."""
         self.timeline = Timeline()
         self.saved_bytes = 0
         self.flops: Counter[str] = Counter()
-        self.cached_rows, self.warm = cached_rows, warm
+        self.round_examples, self.warm = round_examples, warm
         self._nodes, self._times = 0, 1
 
     def new(self, size_bytes: int, category: str = "temporary") -> Allocation:
@@ -243,6 +243,10 @@ class Ledger(Ops):
         """What comes is booked under this name."""
         self.timeline.moment = name
 
+    def examples(self, rows: np.ndarray) -> np.ndarray:
+        """As many as in the whole round."""
+        return np.arange(self.round_examples)
+
     def slices(self, count: int, size: int) -> Iterator[slice]:
         """The first, the second for all that are like it, and the last."""
         first, *others = super().slices(count, size)
@@ -279,7 +283,7 @@ class Ledger(Ops):
 
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:
         """Memory for all examples of the round if they are kept in it; reading makes a copy."""
-        return _Cache(self, self.cached_rows, shape, place, bits // 8)
+        return _Cache(self, rows, shape, place, bits // 8)
 
     def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> Any:
         """States are born in the first step."""

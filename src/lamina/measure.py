@@ -7,10 +7,14 @@ they run is not seen; it is in the resident memory.
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -41,32 +46,35 @@ class Measured:
     Attributes:
         memory: Live tensor bytes at the peak, by category.
         moment: When the peak was; see `lamina.cost.Cost`.
+        allocator_bytes: Most that torch's allocator had given out at a time, with what kernels take while they run.
         rss_bytes: Growth of the resident memory of the process over what it was before the round; 0 where the system
             does not tell.
     """
 
     memory: Memory
     moment: str
+    allocator_bytes: int
     rss_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, keys as in `Cost.to_json`."""
-        return peak_json(self.memory, self.moment) | {"rss_bytes": self.rss_bytes}
+        more = {"allocator_bytes": self.allocator_bytes, "rss_bytes": self.rss_bytes}
+        return peak_json(self.memory, self.moment) | more
 
 
 def measure(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int = 2) -> Measured:
     """Run the first local steps of a plan, at most two, on random weights and tokens, in a fresh process.
 
-    Once watched, and once not, for the resident memory.
+    Three times over: watched, with the allocations counted, and as it is, for the resident memory.
     """
     job, shard = work(spec, plan, replace(local, steps=min(steps, 2)), tokens)
     devices = Devices()
     try:
-        plain, watched = devices.run(job, shard, spec), devices.run(job, shard, spec, watch=True).watched
-        assert watched
-        return Measured(Memory(**watched[0]), watched[1], plain.rss_bytes)
+        plain, counted, seen = (devices.run(job, shard, spec, look=look) for look in ("", "allocator", "tensors"))
     finally:
         devices.close()
+    assert seen.watched
+    return Measured(Memory(**seen.watched[0]), seen.watched[1], counted.allocator_bytes, plain.rss_bytes)
 
 
 def work(spec: Spec, plan: Plan, local: Local, tokens: int) -> tuple[Job, Pairs]:
@@ -93,6 +101,37 @@ def watch_job(job: Job, shard: Shard, spec: Spec) -> tuple[Update, Timeline]:
     with _Watch() as watched:
         update = client.train(replace(job, arrays=_SeenFlash(job.arrays.path, watched)), shard, spec, _SeenOps(watched))
     return update, watched.timeline
+
+
+def count_allocations(job: Job, shard: Shard, spec: Spec) -> tuple[Update, int]:
+    """Train a job in this process: the update, and most bytes that torch's allocator had given out at a time.
+
+    The batch is not in it: numpy allocates it.
+    """
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _hushed():
+        profiler.start()
+    update = client.train(job, shard, spec)
+    with _hushed():
+        profiler.stop()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return update, max(accumulate(int(event.nbytes()) for event in events))
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without standard error, on which torch 2.13 tells that its profiler starts and stops."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class _Watch(TorchDispatchMode):

@@ -71,6 +71,10 @@ class Ops:
     def moment(self, name: str) -> None:
         """Told what the device is at: "prefix", "forward", "loss", "backward" or "update"."""
 
+    def examples(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of the shard that are used in a round."""
+        return rows
+
     def slices(self, count: int, size: int) -> Iterator[slice]:
         """Consecutive slices of at most `size` that make up `count`."""
         return (slice(start, min(start + size, count)) for start in range(0, count, size))

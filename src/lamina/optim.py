@@ -63,7 +63,7 @@ def state_bytes(kind: Kind, shape: Sequence[int]) -> int:
 def scratch_bytes(kind: Kind, shape: Sequence[int]) -> int:
     """What an optimizer needs besides while it updates a tensor of this shape."""
     if kind == "adamw8" and math.prod(shape) >= _CODED:
-        return 4 * 4 * min(_STRETCH, _GROUP * -(-math.prod(shape) // _GROUP))
+        return 3 * 4 * min(_STRETCH, _GROUP * -(-math.prod(shape) // _GROUP))
     if kind == "adamw8":
         return 4 * math.prod(shape)
     return 4 * math.prod(shape) if kind == "adafactor" and len(shape) == 1 else 0

@@ -75,17 +75,21 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Per class: memory by category at the peak, and, where it was measured, beside it what it was."""
     categories = list(rows[0]["predicted"]["memory"])
 
+    outside = {"allocator_bytes": "allocator", "rss_bytes": "resident"}
+    more = outside if any(row.get("measured") for row in rows) else {}
+
     def line(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         sizes = (human("bytes", found["memory"][category]) for category in categories)
-        return name, *sizes, human("bytes", found["peak_bytes"]), found["peak_moment"]
+        beyond = (human("bytes", found[key]) if key in found else "" for key in more)
+        return name, *sizes, human("bytes", found["peak_bytes"]), found["peak_moment"], *beyond
 
     lines = []
     for row in rows:
         lines.append(line(row["name"], row["predicted"]))
         if row.get("measured"):
-            lines.append(line(f"{row['name']}, measured", row["measured"]))
+            lines.append(line("  measured", row["measured"]))
     heads = (category.removesuffix("_bytes") for category in categories)
-    return Table("Memory at the peak, predicted", ("class", *heads, "all", "when"), lines)
+    return Table("Memory at the peak, predicted", ("class", *heads, "all", "when", *more.values()), lines)
 
 
 def why(found: Mapping[str, Any]) -> list[Table]:

@@ -26,6 +26,7 @@ from lamina.levers import Levers
 from lamina.measure import watch
 from lamina.methods import METHODS
 from lamina.model import Spec
+from lamina.plan import Plan
 from lamina.run import environment
 from lamina.turn import generator
 
@@ -120,8 +121,8 @@ def write(path: Path, cells: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def cell(settings: dict[str, Any]) -> dict[str, Any]:
-    """One cell: its settings, the two peaks, and the largest difference in any category."""
+def plan_of(settings: dict[str, Any]) -> tuple[Spec, Plan, Local]:
+    """The network, the plan with its levers, and the local settings of a cell."""
     s = settings
     chosen = METHODS[s["method"]](**({"depth": "budget"} if s["method"] == "lora" else {}))
     heads = max(1, s["embed"] // 16)
@@ -134,8 +135,15 @@ def cell(settings: dict[str, Any]) -> dict[str, Any]:
     momentum = 0.9 if s["optimizer"] == "momentum" else 0.0
     kind = s["optimizer"] if not momentum else "sgd"
     local = Local(lr=1e-3, optimizer=kind, momentum=momentum, batch_size=s["batch"], steps=2)
-    predicted = cost(spec, plan, local, s["tokens"], 2)
-    measured, moment = watch(spec, plan, local, s["tokens"]).peak()
+    return spec, plan, local
+
+
+def cell(settings: dict[str, Any]) -> dict[str, Any]:
+    """One cell: its settings, the two peaks, and the largest difference in any category."""
+    spec, plan, local = plan_of(settings)
+    tokens = settings["tokens"]
+    predicted = cost(spec, plan, local, tokens, 2)
+    measured, moment = watch(spec, plan, local, tokens).peak()
     parts = asdict(predicted.memory)
     return {
         "settings": settings,

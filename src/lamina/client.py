@@ -49,7 +49,8 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
         below = job.plan.below(layout)
         source = _run_prefix(job, shard, spec, ops.examples(np.unique(np.concatenate(batches))), ops)
     ops.moment("load")
-    params = {name: _hold(job, name, ops) for name in layout.params if name in job.plan.holds - below}
+    resident = job.plan.holds - below
+    params = {name: _hold(job, name, ops) for name in layout.params if name in resident}
     trainer = _Trainer(spec, job, params, bool(below), ops)
     total = 0.0
     for rows in batches:

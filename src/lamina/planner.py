@@ -137,14 +137,15 @@ def fit(spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps:
 
     Levers that cost neither operations nor time worth mentioning come first, then several passes, then recomputing,
     then the inexact ones. Within the first of these settings that fits, every lever that is not needed is let go.
-    What does not fit gets those that bring it nearest.
+    What does not fit gets those that bring it nearest. What has to be sent or received, no lever changes.
     """
+    changeable = replace(limit, up_bytes=None, down_bytes=None)
 
     def price(levers: Levers) -> Cost:
         return cost(spec, replace(plan, levers=levers), local, tokens, steps)
 
     def fits(levers: Levers) -> bool:
-        return not limit.exceeded(price(levers))
+        return not changeable.exceeded(price(levers))
 
     def result(levers: Levers) -> Fitted:
         return Fitted(replace(plan, levers=levers), price(levers), tuple(limit.exceeded(price(levers))))

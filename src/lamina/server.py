@@ -49,6 +49,7 @@ class DeviceRow:
         plan: Label of its plan, or None when it sat out.
         trained_blocks: Number of blocks it trained.
         blocks: Their indices.
+        levers: Names of those its plan uses.
         loss: Mean local training loss in nats; None without a usable update.
         examples: Of its shard.
         steps: It was to take.
@@ -63,6 +64,7 @@ class DeviceRow:
     plan: str | None
     trained_blocks: int
     blocks: tuple[int, ...] = ()
+    levers: tuple[str, ...] = ()
     loss: float | None = None
     examples: int = 0
     steps: int = 0
@@ -153,6 +155,7 @@ def _ask(
             choice.plan.label,
             choice.plan.trained_blocks(layout),
             choice.plan.blocks(layout),
+            tuple(choice.plan.levers.names()),
             examples=examples[device],
             steps=steps,
             down_bytes=sum(

@@ -1,0 +1,62 @@
+"""What levers do to the result: the demo, six rounds, every device with the same levers whether it needs them or not.
+
+    python benchmarks/inexact.py benchmarks/inexact.json
+
+Accuracy on held-out text before and after, as in summary.json. The learning rate is the demo's throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from lamina import config, files, server
+from lamina.levers import Levers
+from lamina.planner import Choice, choose_plan
+from lamina.run import environment, start
+
+EXACT = Levers(chunked_loss=True, fused_update=True, prefix_cache="disk", recompute=True)
+ROWS = {
+    "none": Levers(),
+    "all exact": EXACT,
+    "frozen16": Levers(frozen_bits=16),
+    "cache16": Levers(prefix_cache="ram", cache_bits=16),
+    "frozen8": Levers(frozen_bits=8),
+    "adamw8": Levers(optimizer="adamw8"),
+    "adafactor": Levers(optimizer="adafactor"),
+    "all": replace(EXACT, frozen_bits=8, cache_bits=16, optimizer="adamw8"),
+}
+
+
+def main() -> None:
+    """Run all rows and write them."""
+    parser = argparse.ArgumentParser(description="What levers do to the result.")
+    parser.add_argument("path", type=Path)
+    path = parser.parse_args().path
+    rows = {text: accuracy(text, levers) for text, levers in ROWS.items()}
+    files.write_json(path, {"environment": environment(), "rows": rows})
+
+
+def accuracy(text: str, levers: Levers) -> dict[str, Any]:
+    """Accuracy before and after a run in which every plan has these levers."""
+
+    def forced(*args: Any) -> Choice:
+        choice = choose_plan(*args)
+        return replace(choice, plan=choice.plan and replace(choice.plan, levers=levers))
+
+    demo = Path(__file__).parent.parent / "examples" / "demo.toml"
+    with tempfile.TemporaryDirectory() as folder, patch.object(server, "choose_plan", forced):
+        run = start(config.load_experiment(demo, ["rounds=6", "eval_every=0"]), Path(folder))
+        losses: list[float | None] = []
+        summary = run.play(lambda row, devices: losses.append(row.loss))
+    found = {"accuracy": summary["accuracy"], "losses": losses, "seconds": summary["totals"]["seconds"]}
+    print(text, found, flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -74,7 +74,8 @@ def _play(current: Run, view: View) -> dict[str, Any]:
     from lamina import tables
 
     view.table(tables.networks(current.outlook.network_json()))
-    view.table(tables.classes(current.outlook.classes_json()))
+    for table in tables.of_classes(current.outlook.classes_json()):
+        view.table(table)
     view.say(f"run folder {current.folder}")
     classes = [group.name for group in current.outlook.groups]
     try:
@@ -115,7 +116,7 @@ def plan(
         _print_json({"schema": "lamina.plan/1", "network": network, "classes": classes})
         return
     view = View()
-    for table in (tables.networks(network), tables.classes(classes), tables.memory(classes)):
+    for table in (tables.networks(network), *tables.of_classes(classes), tables.memory(classes)):
         view.table(table)
 
 

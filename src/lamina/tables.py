@@ -10,7 +10,7 @@ from typing import Any
 from lamina.fleet import RESOURCES
 from lamina.units import human
 
-_BAR = 40
+_BAR = 28
 _KINDS = {
     "mean_over_devices": "mean over devices",
     "weighted": "weighted by characters",
@@ -51,15 +51,20 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
         (
             row["name"],
             row["plan"] or "sits out",
-            ", ".join(row["levers"]),
             str(row["devices"]),
             *(human(resource, row["predicted"][resource], row["budget"][resource]) for resource in columns),
             _limit(row),
         )
         for row in rows
     ]
-    head = ("class", "trains blocks", "levers", "devices", *(RESOURCES[resource] for resource in columns), "limited by")
-    return Table("Device classes (per device and round: predicted / budget)", head, lines, left=3)
+    head = ("class", "trains blocks", "devices", *(RESOURCES[resource] for resource in columns), "limited by")
+    return Table("Device classes (per device and round: predicted / budget)", head, lines, left=2)
+
+
+def levers(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How each class saves memory."""
+    lines = [(row["name"], ", ".join(row["levers"]) or "none needed") for row in rows if row["plan"]]
+    return Table("Levers: how memory is saved", ("class", "levers"), lines, left=2)
 
 
 def _limit(row: Mapping[str, Any]) -> str:
@@ -103,18 +108,17 @@ def why(found: Mapping[str, Any]) -> list[Table]:
         bar = "".join(mark * round(step["memory"][c] / scale) for c, mark in zip(categories, "WGOAT", strict=True))
         marked = "".join("|" if i == end else letter for i, letter in enumerate(bar.ljust(_BAR + 1)))
         operations = f"{step['flops'] / steps[0]['flops']:.2f} x"
-        return step["step"], marked.rstrip(), human("bytes", step["peak_bytes"]), operations
+        return step["step"], marked.rstrip(), human("bytes", step["peak_bytes"]), step["peak_moment"], operations
 
     def numbers(step: Mapping[str, Any]) -> tuple[str, ...]:
-        sizes = (human("bytes", step["memory"][category]) for category in categories)
-        return step["step"], *sizes, step["peak_moment"]
+        return step["step"], *(f"{step['memory'][category] / 2**20:.2f}" for category in categories)
 
     heads = [category.removesuffix("_bytes") for category in categories]
     limit = f"; | budget {human('bytes', budget)}" if budget else ""
     title = f"Memory of {found['class']} at the peak ({', '.join(f'{h[0].upper()} {h}' for h in heads)}{limit})"
     return [
-        Table(title, ("levers", "", "memory", "operations"), [drawn(step) for step in steps], left=2),
-        Table("The same in numbers", ("levers", *heads, "when"), [numbers(step) for step in steps]),
+        Table(title, ("levers", "", "memory", "when", "FLOPs"), [drawn(step) for step in steps], left=2),
+        Table("The same in MiB", ("levers", *heads), [numbers(step) for step in steps]),
     ]
 
 
@@ -179,11 +183,16 @@ def totals(summary: Mapping[str, Any]) -> Table:
     return Table("Totals", ("", ""), rows)
 
 
+def of_classes(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What each class trains, and its levers where any class has some."""
+    return [classes(rows), *([levers(rows)] if any(row["levers"] for row in rows) else [])]
+
+
 def of_summary(summary: Mapping[str, Any]) -> list[Table]:
     """All tables of a finished run, in reading order."""
     return [
         networks(summary["network"]),
-        classes(summary["classes"]),
+        *of_classes(summary["classes"]),
         memory(summary["classes"]),
         outcome(summary),
         totals(summary),

@@ -102,7 +102,7 @@ def wanted() -> list[dict[str, Any]]:
             settings["optimizer"] = OPTIMIZERS[rng.integers(len(OPTIMIZERS))]
             settings["grid"] = "other" if grid is OTHER else "grid"
             found.append(settings)
-    return found
+    return sorted(found, key=lambda each: each["tokens"] * each["batch"] * each["vocabulary"])  # the long ones last
 
 
 def write(path: Path, cells: list[dict[str, Any]]) -> dict[str, Any]:

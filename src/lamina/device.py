@@ -26,7 +26,7 @@ from lamina import client, files
 from lamina.data.task import Pairs, Shard
 from lamina.flash import Flash
 from lamina.job import Failure, Job, Local, Turn, Update
-from lamina.limits import lacks_memory, limited, resident_peak, settle, start_count, touch
+from lamina.limits import lacks_memory, limited, multiply, resident_peak, settle, start_count, touch
 from lamina.model import Lora, Spec
 from lamina.plan import Plan
 from lamina.units import human
@@ -167,6 +167,8 @@ def _answer(folder: Path) -> None:
     examples = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("ids", "targets"))
     shard, limit_bytes = Pairs(*examples), request["limit_bytes"]
     answer: dict[str, Any] = {"reason": None, "watched": None, "allocator_bytes": 0}
+    rows = min(local.batch_size * len(shard.inputs[0]), 1024)  # beyond, the buffers are as large as they get
+    multiply((rows, spec.embed, spec.ffn), (rows, spec.ffn, spec.embed), (rows, spec.embed, min(spec.vocab, 8192)))
     touch()
     before = start_count()
     update = None

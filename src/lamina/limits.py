@@ -79,13 +79,18 @@ def _tune_malloc(mapped_bytes: int) -> None:
 
 
 def settle() -> None:
-    """Use once what takes memory at its first use: MKL's buffers, at their full size, and then as `touch`."""
+    """Use once what takes memory at its first use and keeps it."""
+    multiply((4096, 1024, 1024), (512, 256, 4096), (4096, 256, 8192))
+    touch()
+
+
+def multiply(*sizes: tuple[int, int, int]) -> None:
+    """Let MKL grow its buffers for linear layers of these sizes, rows x inputs x outputs, forward and backward."""
     _tune_malloc(_SMALL_BYTES)
-    for rows, inputs, outputs in ((4096, 1024, 1024), (512, 256, 4096), (512, 128, 8192), (4096, 256, 8192)):
+    for rows, inputs, outputs in sizes:
         x, weight = torch.zeros(rows, inputs, requires_grad=True), torch.zeros(outputs, inputs, requires_grad=True)
         F.linear(x, weight).sum().backward()  # type: ignore[no-untyped-call]
         del x, weight
-    touch()
 
 
 def touch() -> None:

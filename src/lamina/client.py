@@ -62,7 +62,8 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
 def _hold(job: Job, name: str, ops: Ops) -> Tensor:
     if name in job.plan.trains:
         return job.arrays[name].detach().requires_grad_()
-    return ops.hold(job.arrays, name, job.plan.levers.frozen_bits)
+    bits = 32 if name.endswith("bias") else job.plan.levers.frozen_bits
+    return ops.hold(job.arrays, name, bits)
 
 
 class _Source(Protocol):
@@ -105,7 +106,8 @@ def _run_prefix(job: Job, shard: Shard, spec: Spec, rows: np.ndarray, ops: Ops) 
     ops.moment("prefix")
     layout, levers = model.layout(spec), job.plan.levers
     length = shard.batch(rows[:1])[0].shape[1]
-    cache = ops.cache(len(rows), (length, spec.embed), levers.prefix_cache, levers.cache_bits)
+    width = job.plan.shape(layout, "embed.tokens")[1]
+    cache = ops.cache(len(rows), (length, width), levers.prefix_cache, levers.cache_bits)
     size = max(1, _SLICE_TOKENS // length)
     for part in ops.slices(len(rows), size):
         found, ids = np.unique(shard.batch(rows[part])[0], return_inverse=True)
@@ -126,7 +128,7 @@ def _run_prefix(job: Job, shard: Shard, spec: Spec, rows: np.ndarray, ops: Ops) 
     return _Cached(shard, ops, cache, {row: place for place, row in enumerate(rows.tolist())})
 
 
-_INPUT, _TOP = -1, None
+_INPUT, _TOP = -1, -2
 """Stages of a step besides the blocks: the embedding, and the final norm with the head."""
 
 
@@ -159,7 +161,7 @@ class _Group:
 class _Stage(NamedTuple):
     """A part of a step that backward goes through in one go: from `out`, or by running `block` again from `leaf`."""
 
-    block: int | None
+    block: int
     leaf: Tensor | None
     out: Tensor | None
 
@@ -177,10 +179,10 @@ class _Trainer:
         self._cached = cached
         first, blocks = plan.first_trained(layout), model.found_blocks(spec, params)
         self._frozen, self._upper = [i for i in blocks if i < first], [i for i in blocks if i >= first]
-        names: dict[int | None, list[str]] = {}
+        names: dict[int, list[str]] = {}
         for name in (name for name in layout.params if name in plan.trains):
             row = layout.params[name]
-            stage = _INPUT if row.part == "embed" else row.block
+            stage = _INPUT if row.part == "embed" else _TOP if row.block is None else row.block
             names.setdefault(stage if self._levers.fused_update else _TOP, []).append(name)
         self._groups = {stage: _Group([params[name] for name in found], job, ops) for stage, found in names.items()}
 
@@ -241,8 +243,8 @@ class _Trainer:
             if out is not None:
                 out.backward(gradient)  # type: ignore[no-untyped-call]
                 gradient = None if leaf is None else leaf.grad
-            elif leaf is not None and block is not None:
-                assert gradient is not None
+            else:
+                assert leaf is not None and gradient is not None
                 self._rerun(leaf, block, gradient)
             del leaf, out
             if finish and block in self._groups:

@@ -74,6 +74,10 @@ class Experiment:
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         list(rungs(self.levers))
+        if self.enforce and self.method.on_infeasible == "ignore":
+            raise ValueError(
+                'enforce = true cannot go with method.on_infeasible = "ignore": no plan would keep its budget'
+            )
         if not self.networks:
             raise ValueError("networks must name at least one network")
         names = [each.name for each in self.fleet]

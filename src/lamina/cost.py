@@ -15,11 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from lamina import client, model
 from lamina.job import Job, Local, Turn
-from lamina.ledger import FLOAT_BYTES, Blank, Held, Ledger
+from lamina.ledger import Blank, Held, Ledger
 from lamina.model import Spec
 from lamina.plan import Plan
+from lamina.shapes import FLOAT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Cost:
 
     Attributes:
         memory: At the peak, by category, in bytes.
-        moment: When the peak is: "prefix", "forward", "loss", "backward" or "update".
+        moment: When the peak is: "prefix", "load", "forward", "loss", "backward" or "update".
         saved_bytes: Kept for the backward pass of a step, all together.
         up_bytes: What the device sends: the trained tensors, fp32, nothing else.
         down_bytes: What it must have received: all it holds. A device that took part before needs only what changed.
@@ -100,15 +103,17 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
         steps: Optimizer steps in the round, at least one.
 
     Returns:
-        The price, from shapes alone.
+        The price, from shapes alone. With `local.steps`, a cached prefix is priced as if no example came twice.
     """
-    examples = steps * local.batch_size if local.steps else -(-steps * local.batch_size // local.epochs)
+    epochs = 1 if local.steps else local.epochs
+    examples = max(local.batch_size, -(-steps * local.batch_size // epochs))
     ledger = Ledger(examples, warm=steps > 1)  # one step stands for all: none takes more than the second
     layout = model.layout(spec)
     held = Held(ledger, layout, plan)
     job = Job(Turn(0, 0, 1), plan, replace(local, steps=1), held)
     shard = Blank(local.batch_size, tokens, spec.vocab)
-    client.train(job, shard, spec, ledger)
+    with torch.enable_grad():
+        client.train(job, shard, spec, ledger)
     once = ledger.flops.pop("prefix", 0) if plan.caches(layout) else 0
     peak, moment = ledger.timeline.peak()
     return Cost(

@@ -71,11 +71,16 @@ def load_task(experiment: Experiment) -> Task:
 
 def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, Any] | None]:
     """Per class: what the first two steps of its plan really take, in a fresh process; None where it sits out."""
+    from lamina.device import Devices
     from lamina.measure import measure
 
     spec, tokens = outlook.chosen.spec, experiment.task.window
     plans = [choice.plan for choice in outlook.chosen.choices]
-    return [measure(spec, plan, experiment.local, tokens, outlook.steps).to_json() if plan else None for plan in plans]
+    devices, work = Devices(), (experiment.local, tokens, outlook.steps)
+    try:
+        return [measure(spec, plan, *work, devices).to_json() if plan else None for plan in plans]
+    finally:
+        devices.close()
 
 
 def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:

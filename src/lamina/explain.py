@@ -38,7 +38,7 @@ def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, An
     shown = fitted[-1 if taken is None else taken]
     others = {}
     wider: tuple[Allowed, ...] = ("exact", "all")
-    for allowed in wider:
+    for allowed in wider[wider.index(experiment.levers) + 1 :] if experiment.levers in wider else wider:
         found = choose_plan(experiment.method, spec, group.budget, *work, Turn(0, 0, 1), allowed).plan
         if found:
             others[str(allowed)] = {"plan": found.label, "levers": found.levers.names()}
@@ -54,6 +54,7 @@ def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, An
         "binding": list(choice.binding),
         "predicted": shown.cost.to_json(),
         "waterfall": _waterfall(spec, shown, work),
+        "missing": _missing(shown, limit),
         "richer": _neighbour(fitted[taken - 1], limit) if taken else None,
         "cheaper": _neighbour(fitted[taken + 1], limit) if taken is not None and taken + 1 < len(fitted) else None,
         "with_levers": others,
@@ -75,5 +76,10 @@ def _neighbour(fitted: Fitted, limit: Budget) -> dict[str, Any]:
         "plan": fitted.plan.label,
         "levers": fitted.plan.levers.names(),
         "predicted": fitted.cost.to_json(),
-        "missing": {name: getattr(fitted.cost, name) - getattr(limit, name) for name in fitted.exceeded},
+        "missing": _missing(fitted, limit),
     }
+
+
+def _missing(fitted: Fitted, limit: Budget) -> dict[str, int]:
+    """Of each resource, what the budget lacks."""
+    return {name: getattr(fitted.cost, name) - getattr(limit, name) for name in fitted.exceeded}

@@ -1,16 +1,15 @@
 """The client's kernels on shapes instead of numbers: what lives when, what is kept for backward, and operations.
 
 A `Shape` lives exactly as long as the tensor it stands for, since the same Python names hold it. Each kernel writes
-down what its real counterpart allocates, keeps and computes; the backward pass is replayed from what was written.
+down what its real counterpart allocates, keeps and computes.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -23,119 +22,8 @@ from lamina.layout import Layout
 from lamina.ops import Ops, chunk_tokens
 from lamina.packed import SLAB_ROWS, packable
 from lamina.plan import Plan
-from lamina.timeline import Storage, Timeline
-
-FLOAT_BYTES, INDEX_BYTES = 4, 8
-
-
-class Allocation:
-    """Memory in a timeline, from when this is made until nothing refers to it."""
-
-    def __init__(self, timeline: Timeline, size_bytes: int, category: str) -> None:
-        """Be born."""
-        self.timeline, self.storage = timeline, Storage(size_bytes, category)
-        timeline.born(self.storage)
-
-    def __del__(self) -> None:
-        """Be freed."""
-        self.timeline.died(self.storage)
-
-
-@dataclass(eq=False, slots=True)
-class Node:
-    """A step of the backward pass, or a leaf, where gradients come to rest.
-
-    Attributes:
-        order: Nodes made later go first.
-        saved: Kept until the step is done.
-        inputs: Where gradients go, and in which memory: new, of so many bytes; or given; or, where None, that of the
-            gradient that came in.
-        scratch_bytes: Needed while the step runs.
-        leaf: Category of the gradient of a leaf; None for a step.
-        grad: That gradient.
-        summed: Whether it is of this backward pass alone, so that a second part of it makes a new sum.
-    """
-
-    order: int
-    saved: list[Allocation] = field(default_factory=list)
-    inputs: list[tuple[Node, int | Allocation | None]] = field(default_factory=list)
-    scratch_bytes: int = 0
-    leaf: str | None = None
-    grad: Allocation | None = None
-    summed: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Shape:
-    """Stands for a tensor, with as much of its interface as the model and the client use.
-
-    Attributes:
-        ledger: Where it is booked.
-        shape: Its sizes.
-        memory: What it lives in; views share it.
-        node: Where its gradient goes; None if it needs none.
-        packed: Whether it is a `lamina.packed.Packed`.
-    """
-
-    ledger: Ledger
-    shape: tuple[int, ...]
-    memory: Allocation
-    node: Node | None = None
-    packed: bool = False
-
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def __len__(self) -> int:
-        """Size of the first dimension."""
-        return self.shape[0]
-
-    def reshape(self, *shape: int) -> Shape:
-        """A view."""
-        known = math.prod(size for size in shape if size != -1)
-        sizes = tuple(self.numel() // known if size == -1 else size for size in shape)
-        return Shape(self.ledger, sizes, self.memory, self.node, self.packed)
-
-    def flatten(self, start: int) -> Shape:
-        """A view with the dimensions from `start` on as one."""
-        return self.reshape(*self.shape[:start], math.prod(self.shape[start:]))
-
-    def __getitem__(self, rows: slice) -> Shape:
-        """A view of some rows."""
-        return Shape(self.ledger, (len(range(*rows.indices(len(self)))), *self.shape[1:]), self.memory)
-
-    def __setitem__(self, rows: slice, value: Shape) -> None:
-        """Nothing to do: memory that is there is written."""
-
-    def detach(self) -> Shape:
-        """The same memory without a graph."""
-        return Shape(self.ledger, self.shape, self.memory)
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether it has a gradient."""
-        return self.node is not None
-
-    def requires_grad_(self, needed: bool = True) -> Shape:
-        """Make it a leaf, or not."""
-        category = "gradients" if self.memory.storage.category == "weights" else "temporary"
-        self.node = self.ledger.node(leaf=category) if needed else None
-        return self
-
-    @property
-    def grad(self) -> Shape | None:
-        """The gradient that came to rest here."""
-        found = self.node.grad if self.node else None
-        return Shape(self.ledger, self.shape, found) if found else None
-
-    def backward(self, gradient: Shape | None = None) -> None:
-        """Replay the graph behind it."""
-        self.ledger.backward(self, gradient)
-
-    def item(self) -> float:
-        """A number."""
-        return 0.0
+from lamina.shapes import FLOAT_BYTES, Allocation, Node, Shape
+from lamina.timeline import Timeline
 
 
 class Ledger(Ops):
@@ -155,20 +43,15 @@ class Ledger(Ops):
         self.saved_bytes = 0
         self.flops: Counter[str] = Counter()
         self.round_examples, self.warm = round_examples, warm
-        self._nodes, self._times = 0, 1
+        self._times = 1
 
     def new(self, size_bytes: int, category: str = "temporary") -> Allocation:
         """Allocate."""
         return Allocation(self.timeline, size_bytes, category)
 
-    def node(self, **fields: Any) -> Node:
-        """A node that goes before all earlier ones."""
-        self._nodes += 1
-        return Node(self._nodes, **fields)
-
     def blank(self, shape: Sequence[int], item_bytes: int = FLOAT_BYTES, category: str = "temporary") -> Tensor:
         """A shape of its own, without a graph."""
-        return cast(Tensor, Shape(self, tuple(shape), self.new(item_bytes * math.prod(shape), category)))
+        return cast(Tensor, Shape(tuple(shape), self.new(item_bytes * math.prod(shape), category)))
 
     def embed(self, ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         """The lookup keeps the ids when the table trains; table gradients are dense."""
@@ -233,7 +116,7 @@ class Ledger(Ops):
         slab = self.blank((min(SLAB_ROWS, vocabulary), width)) if _shape(weight_VD).packed else None
         del space, slab
         out = self._out((1,), [], [])
-        node = self.node(inputs=[(each.node, made.memory) for each, made in zip(trained, found, strict=True)])
+        node = Node(inputs=[(each.node, made.memory) for each, made in zip(trained, found, strict=True) if each.node])
         if trained and torch.is_grad_enabled():
             self._keep(node, cast(list[Tensor], found))
             _shape(out).node = node
@@ -259,7 +142,7 @@ class Ledger(Ops):
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """A shape with the array's memory."""
-        return cast(Tensor, Shape(self, array.shape, self.new(array.nbytes)))
+        return cast(Tensor, Shape(array.shape, self.new(array.nbytes)))
 
     def empty_like(self, x: Tensor) -> Tensor:
         """New memory."""
@@ -279,7 +162,7 @@ class Ledger(Ops):
         slab = (min(SLAB_ROWS, shape[0]), *shape[1:])
         read, scaled = self.blank(slab), self.blank(slab, FLOAT_BYTES + 1) if bits == 8 else self.blank(slab, 2)
         del read, scaled
-        return cast(Tensor, Shape(self, shape, memory, None, packed=True))
+        return cast(Tensor, Shape(shape, memory, None, packed=True))
 
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:
         """Memory for all examples of the round if they are kept in it; reading makes a copy."""
@@ -295,48 +178,6 @@ class Ledger(Ops):
 
     def clip(self, params: Sequence[Tensor], limit: float, norm: Tensor) -> None:
         """In place."""
-
-    def backward(self, out: Shape, gradient: Shape | None) -> None:
-        """Go through the graph behind `out`: gradients are born and merged, and what was kept for them is freed."""
-        assert out.node
-        arrived = {out.node: self.new(FLOAT_BYTES) if gradient is None else gradient.memory}
-        waiting = [(-out.node.order, out.node)]
-        leaves: list[Node] = []
-        while waiting:
-            node = heapq.heappop(waiting)[1]
-            incoming = arrived.pop(node)
-            scratch = self.new(node.scratch_bytes) if node.scratch_bytes else None
-            outgoing = [(to, self._gradient(memory, incoming)) for to, memory in node.inputs]
-            del scratch
-            node.saved.clear()
-            node.inputs.clear()
-            del incoming
-            while outgoing:
-                to, part = outgoing.pop()
-                if to.leaf:
-                    self._rest(to, part)
-                    leaves.append(to)
-                elif to in arrived:
-                    arrived[to] = self.new(part.storage.size_bytes)
-                else:
-                    arrived[to] = part
-                    heapq.heappush(waiting, (-to.order, to))
-                del part
-        for leaf in leaves:
-            leaf.summed = False
-
-    def _gradient(self, memory: int | Allocation | None, incoming: Allocation) -> Allocation:
-        if memory is None:
-            return incoming
-        return self.new(memory) if isinstance(memory, int) else memory
-
-    def _rest(self, leaf: Node, part: Allocation) -> None:
-        """A gradient, or a part of it, comes to a leaf; it is added in place to what earlier passes left there."""
-        if leaf.grad and not leaf.summed:
-            return
-        leaf.grad = self.new(part.storage.size_bytes) if leaf.grad else part
-        leaf.summed = True
-        leaf.grad.storage.category = cast(str, leaf.leaf)
 
     def _count(self, operations: int) -> None:
         self.flops[self.timeline.moment] += self._times * operations
@@ -360,9 +201,9 @@ class Ledger(Ops):
         """A new tensor; the gradients of the first `aliases` sources are the memory of its own gradient."""
         out = _shape(self.blank(shape))
         edges = [(_shape(s).node, FLOAT_BYTES * s.numel() if i >= aliases else None) for i, s in enumerate(sources)]
-        inputs = [(node, size) for node, size in edges if node]
+        inputs: list[tuple[Node, int | Allocation | None]] = [(node, size) for node, size in edges if node]
         if inputs and torch.is_grad_enabled():
-            out.node = self.node(inputs=inputs, scratch_bytes=scratch)
+            out.node = Node(inputs=inputs, scratch_bytes=scratch)
             self._keep(out.node, kept)
         return cast(Tensor, out)
 

@@ -1,16 +1,18 @@
 """Levers: ways to train the same plan in less memory. They are not methods: any plan can have any of them.
 
-The exact ones leave the mathematics as it is; what a device computes differs by rounding alone. The planner turns
-levers on in the order of `LADDER`, and only those without which a plan does not fit (see `lamina.planner`).
+The exact ones leave the mathematics as it is; what a device computes differs by rounding alone. The planner uses only
+those without which a plan does not fit (see `lamina.planner`).
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-Allowed = Literal["none", "exact", "all"] | tuple[str, ...]
+Allowed = str | tuple[str, ...]
+"""What a config's `levers` says: "none", "exact", "all", or names of `LADDER`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +70,28 @@ class Rung:
         name: In configs and tables.
         exact: Whether it leaves the mathematics as it is.
         sets: The fields of `Levers` it sets.
-        text: What it does, for people.
     """
 
     name: str
     exact: bool
     sets: dict[str, Any]
-    text: str
 
 
 LADDER = (
-    Rung("chunked_loss", True, {"chunked_loss": True}, "logits a few tokens at a time"),
-    Rung("fused_update", True, {"fused_update": True}, "each block updated as soon as its gradient is there"),
-    Rung("cache_ram", True, {"prefix_cache": "ram"}, "frozen prefix run once, outputs kept in memory"),
-    Rung("cache_disk", True, {"prefix_cache": "disk"}, "frozen prefix run once, outputs kept on disk"),
-    Rung("micro_batch", True, {"micro_batch": 1}, "a batch in several passes"),
-    Rung("recompute", True, {"recompute": True}, "blocks run again in backward"),
-    Rung("frozen16", False, {"frozen_bits": 16}, "frozen matrices in 16 bits"),
-    Rung("cache16", False, {"cache_bits": 16}, "outputs of the prefix in 16 bits"),
-    Rung("frozen8", False, {"frozen_bits": 8}, "frozen matrices in 8 bits"),
-    Rung("adamw8", False, {"optimizer": "adamw8"}, "AdamW with states in 8 bits"),
-    Rung("adafactor", False, {"optimizer": "adafactor"}, "Adafactor in the place of AdamW"),
+    Rung("chunked_loss", True, {"chunked_loss": True}),
+    Rung("fused_update", True, {"fused_update": True}),
+    Rung("cache_ram", True, {"prefix_cache": "ram"}),
+    Rung("cache_disk", True, {"prefix_cache": "disk"}),
+    Rung("micro_batch", True, {"micro_batch": 1}),
+    Rung("recompute", True, {"recompute": True}),
+    Rung("frozen16", False, {"frozen_bits": 16}),
+    Rung("cache16", False, {"cache_bits": 16}),
+    Rung("frozen8", False, {"frozen_bits": 8}),
+    Rung("adamw8", False, {"optimizer": "adamw8"}),
+    Rung("adafactor", False, {"optimizer": "adafactor"}),
 )
-"""All levers in the order in which the planner turns them on: exact before inexact, then by operations and time."""
+"""All levers, cheap to dear: exact before inexact, then by operations and time."""
 
-FREE = ("chunked_loss", "fused_update", "cache_ram", "cache_disk")
-"""Levers that cost no operations and hardly any time."""
-SLOW = ("micro_batch", "recompute")
-"""Exact levers that cost time: smaller passes; the forward of the trained blocks once more."""
 NAMES = tuple(rung.name for rung in LADDER)
 EXACT = tuple(rung.name for rung in LADDER if rung.exact)
 
@@ -106,10 +102,14 @@ def rungs(allowed: Allowed) -> Iterator[Rung]:
     Raises:
         ValueError: A name that is no lever.
     """
-    named = {"none": (), "exact": EXACT, "all": NAMES}
-    chosen: Sequence[str] = named[allowed] if isinstance(allowed, str) else allowed
+    named: dict[str, Sequence[str]] = {"none": (), "exact": EXACT, "all": NAMES}
+    chosen = named.get(allowed, (allowed,)) if isinstance(allowed, str) else allowed
     if unknown := [name for name in chosen if name not in NAMES]:
-        raise ValueError(f'levers must be "none", "exact", "all" or a list of {", ".join(NAMES)}; got {unknown[0]!r}')
+        close = difflib.get_close_matches(unknown[0], [*named, *NAMES], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f'levers: unknown {unknown[0]!r}; {hint}accepted: "none", "exact", "all" or a list of {", ".join(NAMES)}'
+        )
     return (rung for rung in LADDER if rung.name in chosen)
 
 

@@ -69,7 +69,7 @@ class Ops:
         return cast(Tensor, loss)
 
     def moment(self, name: str) -> None:
-        """Told what the device is at: "prefix", "forward", "loss", "backward" or "update"."""
+        """Told what the device is at: "prefix", "load", "forward", "loss", "backward" or "update"."""
 
     def examples(self, rows: np.ndarray) -> np.ndarray:
         """The rows of the shard that are used in a round."""

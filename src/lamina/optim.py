@@ -74,8 +74,7 @@ class AdamW8(torch.optim.Optimizer):
 
     **Source:** block-wise quantised states, Dettmers et al., ICLR 2022, section 2.
     **Departs:** instead of a dynamic tree, codes are powers: m ~ sign(c) (c / 127)^2 and v ~ (c / 255)^4 times the
-    largest of the block; v is rounded up, so that a step is never larger than that of unquantised AdamW by more than
-    the error of m.
+    largest of the block; the code of v is at least 1, so that no step is divided by a v that was rounded to nothing.
     """
 
     def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
@@ -116,6 +115,7 @@ class AdamW8(torch.optim.Optimizer):
             self._move(flat[part], gradient[part], m.view(-1)[:count], v.view(-1)[:count], lr)
             _encode(m, state["m"][rows], state["m_scale"][rows], 127, 2)
             _encode(v, state["v"][rows], state["v_scale"][rows], 255, 4)
+            del m, v
 
     def _move(self, p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, lr: float) -> None:
         m.lerp_(gradient, 0.1)
@@ -132,13 +132,13 @@ def _decode(code: Tensor, scale: Tensor, top: int, power: int) -> Tensor:
 
 
 def _encode(x: Tensor, code: Tensor, scale: Tensor, top: int, power: int) -> None:
-    """The inverse, into `code` and `scale`; x is spoiled. Unsigned values are rounded up, signed ones to nearest."""
+    """The inverse, into `code` and `scale`; x is spoiled."""
     torch.amax(x.abs(), -1, keepdim=True, out=scale)
     x.div_(scale.clamp(min=1e-38))
     if power == 2:
         code.copy_(torch.sgn(x).mul_(x.abs_().sqrt_()).mul_(top).round_())
     else:
-        code.copy_(x.sqrt_().sqrt_().mul_(top).ceil_())
+        code.copy_(x.sqrt_().sqrt_().mul_(top).clamp_(min=1).round_())
 
 
 class Adafactor(torch.optim.Optimizer):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, reduce
+from itertools import chain, combinations
 from typing import Any
 
 from lamina import model
@@ -14,7 +15,7 @@ from lamina.cost import Cost, cost
 from lamina.errors import UserError
 from lamina.fleet import RESOURCES, Budget
 from lamina.job import Local, Turn
-from lamina.levers import FREE, SLOW, Allowed, Levers, rungs
+from lamina.levers import Allowed, Levers, rungs
 from lamina.methods import Method
 from lamina.model import Spec
 from lamina.plan import Plan
@@ -152,44 +153,55 @@ def fit(spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps:
 
     if fits(Levers()):
         return result(Levers())
-    settings = list(_settings(allowed))
-    last = [levers for inexact, levers in settings if inexact == settings[-1][0]]
-    if not any(map(fits, last)):
-        return min(map(result, last), key=lambda each: (len(each.exceeded), each.cost.memory_bytes))
+    settings = list(_settings(allowed, local))
+    ends = [levers for inexact, levers in settings if inexact in (0, settings[-1][0])]  # the others lie between
+    if not any(map(fits, reversed(ends))):
+        return min(map(result, ends), key=lambda each: (len(each.exceeded), each.cost.memory_bytes))
     found = next(levers for _, levers in settings if fits(levers))
     return result(_let_go(found, allowed, local.batch_size, fits))
 
 
-def _settings(allowed: Allowed) -> Iterator[tuple[int, Levers]]:
-    """Combinations of levers from cheap to dear, each with its number of inexact ones."""
-    named = {rung.name: rung for rung in rungs(allowed)}
-    free: list[dict[str, Any]] = [{}, {}]
-    for name in FREE:
-        if name in named:
-            free[1] |= named[name].sets
-            if name != "cache_ram":  # which may take more memory than it saves
-                free[0] |= named[name].sets
-    slow: list[dict[str, Any]] = [{}, *(named[name].sets for name in SLOW if name in named)]
-    slow += [slow[1] | slow[2]] if len(slow) > 2 else []
-    inexact = [rung.sets for rung in named.values() if not rung.exact]
+def _settings(allowed: Allowed, local: Local) -> Iterator[tuple[int, Levers]]:
+    """Combinations of levers from cheap to dear, each with its number of inexact ones.
+
+    Those that cost nothing are on from the start; but the cache, which may hold more than it saves, comes with and
+    without, and fused updates, for which clipping takes every batch twice, come last where gradients are clipped.
+    """
+    named = {rung.name: rung.sets for rung in rungs(allowed)}
+    costly = [name for name in ("micro_batch", "recompute", *(["fused_update"] if local.clip else [])) if name in named]
+    free = [name for name in ("chunked_loss", "fused_update") if name in named and name not in costly]
+    caches = [[name] for name in ("cache_disk", "cache_ram") if name in named][:1]
+    idle = {"cache16"} if not caches else set()
+    idle |= {"adamw8", "adafactor"} if local.kind != "adamw" else set()
+    inexact = [rung.name for rung in rungs(allowed) if not rung.exact and rung.name not in idle]
+    slow = sorted(_subsets(costly), key=lambda names: [costly.index(name) for name in reversed(names)])
     for count in range(len(inexact) + 1):
-        settled: dict[str, Any] = reduce(operator.or_, inexact[:count], {})
-        for costly in slow:
-            for base in free if free[0] != free[1] else free[:1]:
-                yield count, Levers(**base, **costly, **settled)
+        for names in slow:
+            for cache in ([], *caches):
+                chosen = (*free, *cache, *names, *inexact[:count])
+                yield count, Levers(**reduce(operator.or_, (named[name] for name in chosen), {}))
+
+
+def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """All of them, the empty one first."""
+    return chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
 
 
 def _let_go(levers: Levers, allowed: Allowed, batch: int, fits: Callable[[Levers], bool]) -> Levers:
     """The same with every lever that is not needed off, dearest first, or weaker; still fitting."""
-    for rung in reversed(list(rungs(allowed))):
-        for key in rung.sets:
-            weaker = [getattr(Levers(), key)]
-            weaker += [other.sets[key] for other in rungs(allowed) if key in other.sets]
-            if key == "micro_batch" and levers.micro_batch:
-                weaker[1:] = [batch >> power for power in range(1, batch.bit_length())]
-            if getattr(levers, key) in weaker:
-                weaker = weaker[: weaker.index(getattr(levers, key)) + 1]
-            levers = next(new for value in weaker if fits(new := replace(levers, **{key: value})))
+    before = None
+    while levers != before:
+        before = levers
+        for rung in reversed(list(rungs(allowed))):
+            for key in rung.sets:
+                weaker = [getattr(Levers(), key)]
+                if key == "micro_batch":
+                    weaker += [batch >> power for power in range(1, batch.bit_length())]
+                else:
+                    weaker += [other.sets[key] for other in rungs(allowed) if key in other.sets]
+                if getattr(levers, key) in weaker:
+                    weaker = weaker[: weaker.index(getattr(levers, key)) + 1]
+                levers = next(new for value in weaker if fits(new := replace(levers, **{key: value})))
     return levers
 
 

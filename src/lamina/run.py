@@ -36,6 +36,7 @@ from lamina.engines.local import LocalEngine
 from lamina.errors import UserError
 from lamina.experiment import Outlook, load_task, look_ahead
 from lamina.layout import Params
+from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
 from lamina.server import DeviceRow, State, play_round
 from lamina.turn import generator
@@ -133,7 +134,7 @@ class Run:
             from lamina.engines.enforced import EnforcedEngine
 
             budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
-            return EnforcedEngine(spec, shards, budgets, self.workers)
+            return EnforcedEngine(spec, shards, budgets, min(self.workers, self.experiment.cohort))
         return LocalEngine(spec, shards, self.workers)
 
     def _evaluate_if_due(self) -> Score | None:
@@ -237,6 +238,8 @@ def start(experiment: Experiment, root: Path) -> Run:
     Raises:
         UserError: Nothing fits, or data or a network cannot be used; then no folder is left behind.
     """
+    if experiment.enforce:
+        demand_limits()
     run = _prepare(experiment)
     run.folder = _new_folder(experiment, root)
     files.write(run.folder / "config.toml", config.dump(_anchored(experiment).to_table()))

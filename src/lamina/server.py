@@ -13,9 +13,9 @@ from lamina.engines import Engine
 from lamina.experiment import Outlook
 from lamina.job import Failure, Job, Turn, Update
 from lamina.layout import Layout, Params
-from lamina.ledger import FLOAT_BYTES
 from lamina.plan import Vote, merge, narrow
 from lamina.planner import choose_plan
+from lamina.shapes import FLOAT_BYTES
 
 TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds")
 

@@ -94,7 +94,8 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> Table:
         if row.get("measured"):
             lines.append(line("  measured", row["measured"]))
     heads = (category.removesuffix("_bytes") for category in categories)
-    return Table("Memory at the peak, predicted", ("class", *heads, "all", "when", *more.values()), lines)
+    title = "Memory at the peak, predicted" + (" and measured" if more else "")
+    return Table(title, ("class", *heads, "all", "when", *more.values()), lines)
 
 
 def why(found: Mapping[str, Any]) -> list[Table]:
@@ -124,14 +125,13 @@ def why(found: Mapping[str, Any]) -> list[Table]:
 
 def reasons(found: Mapping[str, Any]) -> list[str]:
     """The rest of the answer to "why?", a sentence each."""
-    limited = " and ".join(RESOURCES[name] for name in found["binding"])
-    trains = f"trains {found['plan']}" if found["plan"] else "sits out"
-    said = [f"{found['class']}: {found['devices']} devices; on {found['network']} each {trains}"]
-    if limited:
-        said[0] += f"; more is limited by {limited}"
+    said = [f"class {found['class']}, {found['devices']} devices, on {found['network']}: "]
+    if found["plan"]:
+        said[0] += f"trains blocks: {_with(found)}"
+    else:
+        said[0] += f"sits out; its cheapest plan, shown above, lacks {_lacking(found)}"
     if richer := found["richer"]:
-        lacks = [f"+{human(name, size, up=True)} {RESOURCES[name]}" for name, size in richer["missing"].items()]
-        said.append(f"{' and '.join(lacks)} would train {_with(richer)}")
+        said.append(f"with {_lacking(richer)} more it would train blocks: {_with(richer)}")
     if cheaper := found["cheaper"]:
         used = cheaper["predicted"]
         said.append(
@@ -141,9 +141,13 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
     now = {"plan": found["plan"], "levers": found["levers"]}
     for allowed, other in found["with_levers"].items():
         if other != now:
-            said.append(f'with levers = "{allowed}" it would train {_with(other)}')
+            said.append(f'with levers = "{allowed}" it would train blocks: {_with(other)}')
             now = other
     return said
+
+
+def _lacking(found: Mapping[str, Any]) -> str:
+    return " and ".join(f"{human(name, size, up=True)} of {RESOURCES[name]}" for name, size in found["missing"].items())
 
 
 def _with(found: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ class Pairs:
 
     def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of the examples `rows`, int64 [rows, tokens] each."""
-        return np.array(self.inputs[rows]), np.array(self.targets[rows])
+        return np.asarray(self.inputs[rows]), np.asarray(self.targets[rows])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from queue import SimpleQueue
 from lamina.data.task import Shard
 from lamina.device import Devices
 from lamina.job import Failure, Job, Update
-from lamina.limits import demand_limits
 from lamina.model import Spec
 
 
@@ -17,12 +16,7 @@ class EnforcedEngine:
     """Runs each job in a child of one of `workers` processes. A device that needs too much costs its own update."""
 
     def __init__(self, spec: Spec, shards: Sequence[Shard], budgets_bytes: Sequence[int | None], workers: int) -> None:
-        """Serve the given shards and budgets, indexed by device, on a network.
-
-        Raises:
-            UserError: Memory cannot be limited on this system.
-        """
-        demand_limits()
+        """Serve the given shards and budgets, indexed by device, on a network."""
         self._spec, self._shards, self._budgets_bytes = spec, shards, budgets_bytes
         self._workers, self._idle = workers, SimpleQueue[Devices]()
         for _ in range(workers):

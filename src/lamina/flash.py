@@ -30,11 +30,18 @@ class Flash(Mapping[str, Tensor]):
         self._start, end = 8 + length, path.stat().st_size
         if self._start > end:
             raise ValueError(f"{path} is not a safetensors file")
-        header = json.loads(self._file.read(length))
-        header.pop("__metadata__", None)
-        self._rows = {name: (tuple(row["shape"]), row["data_offsets"][0]) for name, row in header.items()}
+        try:
+            header = json.loads(self._file.read(length))
+            header.pop("__metadata__", None)
+            self._rows = {
+                name: (tuple(map(int, row["shape"])), int(row["data_offsets"][0])) for name, row in header.items()
+            }
+            types = {name: row["dtype"] for name, row in header.items()}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise ValueError(f"{path} is not a safetensors file: {error!r}") from error
         for name, (shape, offset) in self._rows.items():
-            if header[name]["dtype"] != "F32" or self._start + offset + 4 * math.prod(shape) > end:
+            last = self._start + offset + 4 * math.prod(shape)
+            if types[name] != "F32" or min((offset, *shape)) < 0 or last > end:
                 raise ValueError(f"{path}: {name} is not an fp32 tensor within the file")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -49,8 +56,14 @@ class Flash(Mapping[str, Tensor]):
         return self._rows[name][0]
 
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
-        """Some rows of a tensor."""
+        """Some rows of a tensor.
+
+        Raises:
+            IndexError: It has no such row.
+        """
         shape, offset = self._rows[name]
+        if len(indices) and not 0 <= min(indices) <= max(indices) < shape[0]:
+            raise IndexError(f"{name} has {shape[0]} rows, asked for {min(indices)} to {max(indices)}")
         out = torch.empty((len(indices), *shape[1:]))
         for i, index in enumerate(indices):
             _read(self._file, self._start + offset + int(index) * 4 * math.prod(shape[1:]), out[i])
@@ -104,6 +117,8 @@ class Kept:
 
 
 def _read(file: BinaryIO, at: int, out: Tensor) -> None:
+    if not out.numel():
+        return
     file.seek(at)
     view = out.numpy().data.cast("B")
     if file.readinto(view) != len(view):  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 SMALLEST = 4096
 """Tensors with fewer elements stay as they are: their scales and their errors would cost more than they save."""
+_HALF_MOST = torch.finfo(torch.float16).max
 SLAB_ROWS = 1024
 """Rows of a head that are unpacked at a time."""
 
@@ -72,7 +73,7 @@ def pack(shape: Sequence[int], bits: int, read: Callable[[range], Tensor]) -> Pa
             part = scale[rows.start : rows.stop]
             torch.amax(x.abs(), -1, keepdim=True, out=part)
             x = (x / part.div_(127).clamp_(min=torch.finfo(torch.float32).tiny)).round_()
-        data[rows.start : rows.stop] = x
+        data[rows.start : rows.stop] = x if scale is not None else x.clamp_(-_HALF_MOST, _HALF_MOST)
         del x
     return Packed(data, scale, data.shape)
 

@@ -1,15 +1,18 @@
 """What the levers save and what they cost in time, on the shape of `benchmarks/peers_memory.py`.
 
-    python benchmarks/levers.py benchmarks/levers.json
+    python benchmarks/levers.py memory benchmarks/levers_memory.json
+    python benchmarks/levers.py time benchmarks/levers_time.json
 
 Memory: predicted, and measured in a process of its own, of two AdamW steps of 12 blocks, d = 256, 8 heads, batch 8, 128
-tokens, beside what `transformers` and `peft` take there (benchmarks/peers_memory.json). Time: a round of 4 steps
-with each lever, in turns with the same round without, in one process; the median of the ratios.
+tokens, beside what `transformers` and `peft` take there (benchmarks/peers_memory.json); the same command goes on after
+a stop. Time: a round of 2 steps with each lever, in turns with the same round without, in one process; the median of
+the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -59,19 +62,27 @@ TIME: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("adamw8", 12, {"optimizer": "adamw8"}),
     ("adafactor", 12, {"optimizer": "adafactor"}),
 )
-STEPS, TURNS = 4, 7
+STEPS, TURNS = 2, 5
 
 
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description="What the levers save and cost.")
+    parser.add_argument("part", choices=("memory", "time"))
     parser.add_argument("path", type=Path)
-    path = parser.parse_args().path
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    memory = [memory_row(*row, vocabulary) for vocabulary in (8192, 50257) for row in MEMORY]
-    times = [time_row(*row, 8192) for row in TIME]
-    targets = against_peers(memory)
-    files.write_json(path, {"environment": environment(), "targets": targets, "memory": memory, "time": times})
+    if given.part == "time":
+        rows = [time_row(*row, 8192) for row in TIME]
+        files.write_json(given.path, {"environment": environment(), "rows": rows})
+        return
+    rows = json.loads(given.path.read_text())["rows"] if given.path.exists() else []
+    done = {(row["case"], row["vocabulary"]) for row in rows}
+    for vocabulary, row in itertools.product((8192, 50257), MEMORY):
+        if (row[0], vocabulary) not in done:
+            rows.append(memory_row(*row, vocabulary))
+            files.write_json(given.path, {"environment": environment(), "rows": rows})
+    files.write_json(given.path, {"environment": environment(), "targets": against_peers(rows), "rows": rows})
 
 
 def plan_of(name: str, settings: dict[str, Any], blocks: int, levers: dict[str, Any], vocabulary: int) -> Any:

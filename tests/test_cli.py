@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from support import Table, begin, lines, memory, outcome, write_world
 
-from lamina import cli, config, files, run, server
+from lamina import cli, config, files, run, server, tables
 from lamina.errors import UserError
+from lamina.experiment import look_ahead
+from lamina.explain import explain
+from lamina.levers import EXACT, NAMES
 from lamina.methods import METHODS
 from lamina.units import human
 
@@ -78,6 +81,10 @@ def put(key: str, value: object, part: str | None = None) -> Callable[[Table, Pa
     return change
 
 
+def ignored(table: Table, folder: Path) -> None:
+    table["enforce"], table["method"]["on_infeasible"] = True, "ignore"
+
+
 BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     "unknown key": (put("round", 3), "unknown key 'round'; did you mean 'rounds'?"),
     "misspelt method": (put("name", "caf", "method"), "unknown name 'caf'; did you mean 'caff'?"),
@@ -92,6 +99,17 @@ BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     "text too short": (short_text, "is long enough: the longest has 8 characters"),
     "truncated checkpoint": (truncated, "model.safetensors is truncated or not a safetensors file"),
     "broken config": (broken_config, "config.json is not JSON"),
+    "no such lever": (
+        put("levers", ["recompute", "recompte"]),
+        'levers: unknown \'recompte\'; did you mean \'recompute\'? accepted: "none", "exact", "all" or a list of '
+        + ", ".join(NAMES),
+    ),
+    "no such set of levers": (put("levers", "exakt"), "levers: unknown 'exakt'; did you mean 'exact'? accepted: "),
+    "neither set nor lever": (put("levers", "some"), "levers: unknown 'some'; accepted: "),
+    "levers as a number": (put("levers", 3), "levers = 3 is not accepted"),
+    "levers in a list": (put("levers", [["recompute"]]), "levers = [['recompute']] is not accepted"),
+    "enforce as a word": (put("enforce", "yes"), "enforce = 'yes' is not accepted"),
+    "nothing to enforce": (ignored, 'enforce = true cannot go with method.on_infeasible = "ignore"'),
 }
 
 
@@ -237,10 +255,95 @@ def test_plan_measures_beside_what_it_predicts(file: Path, lamina: Call) -> None
         assert row["measured"]["rss_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("given", "accepted"),
+    [
+        ("none", "none"),
+        ("exact", "exact"),
+        ("all", "all"),
+        ('["recompute", "chunked_loss"]', ("recompute", "chunked_loss")),
+        ("micro_batch", "micro_batch"),
+        ("[]", ()),
+    ],
+)
+def test_levers_are_a_word_or_a_list(given: str, accepted: Any, file: Path, lamina: Call, tmp_path: Path) -> None:
+    """They come back from a file as they went into it, and the plan keeps to them."""
+    settings = [f"levers={given}", "enforce=true", "fleet.weak.memory=200 KB", "method.on_infeasible=drop"]
+    experiment = config.load_experiment(file, settings)
+    assert (experiment.levers, experiment.enforce) == (accepted, True)
+    again = tmp_path / "again.toml"
+    again.write_text(config.dump(experiment.to_table()), encoding="utf-8")
+    assert config.load_experiment(again) == experiment
+    code, out, _ = lamina("plan", again, "--json")
+    (weak,) = (row for row in json.loads(out)["classes"] if row["name"] == "weak")
+    names = {"none": (), "exact": EXACT, "all": NAMES, "micro_batch": ("micro_batch",)}.get(accepted, accepted)
+    assert code == 0
+    assert {name.split()[0] for name in weak["levers"]} <= set(names)
+    assert bool(weak["levers"]) == bool(names) and (weak["plan"] is None) == (not names)
+
+
+def test_why_json_is_the_explanation(file: Path, lamina: Call) -> None:
+    for levers in ("none", "exact"):
+        code, out, err = lamina("plan", file, "--why", "weak", "--json", "--set", f"levers={levers}")
+        experiment = config.load_experiment(file, [f"levers={levers}"])
+        assert (code, err) == (0, "")
+        assert json.loads(out) == explain(experiment, look_ahead(experiment), "weak")
+
+
+@pytest.mark.parametrize("levers", ["none", "exact", "all"])
+@pytest.mark.parametrize("name", ["weak", "strong"])
+def test_why_shows_the_numbers_of_its_json(name: str, levers: str, file: Path, lamina: Call) -> None:
+    settings = ("--set", f"levers={levers}")
+    found = json.loads(lamina("plan", file, "--why", name, "--json", *settings)[1])
+    code, text, err = lamina("plan", file, "--why", name, *settings)
+    assert (code, err) == (0, "")
+    assert all(len(line) <= 120 for line in text.splitlines())
+    bars = [line.strip() for line in text.splitlines() if line.strip().endswith(" x")]
+    assert len(bars) == len(found["waterfall"])
+    for bar, step in zip(bars, found["waterfall"], strict=True):
+        assert bar.startswith(f"{step['step']} ")
+        assert human("bytes", step["peak_bytes"]) in bar and step["peak_moment"] in bar
+        assert ("|" in bar) == (name == "weak")
+        assert "AAA" in bar.removeprefix(step["step"])
+        assert bar.endswith(f" {step['flops'] / found['waterfall'][0]['flops']:.2f} x")
+    shown = "".join(text.split("\n")).replace(" ", "")
+    for reason in tables.reasons(found):
+        assert reason.replace(" ", "") in shown
+    assert (found["richer"] is None) == ((name, levers) in (("strong", levers), ("weak", "all")))
+    if richer := found["richer"]:
+        missing = human("memory_bytes", richer["missing"]["memory_bytes"], up=True)
+        assert f"with {missing} of memory more it would train blocks: {richer['plan']}" in " ".join(text.split())
+
+
+def test_why_of_a_class_that_sits_out_or_ignores_its_budget(file: Path, lamina: Call) -> None:
+    settings = ("--set", "fleet.weak.memory=1 KiB", "--set", "method.on_infeasible=drop")
+    code, text, err = lamina("plan", file, "--why", "weak", *settings)
+    assert (code, err) == (0, "")
+    missing = human("memory_bytes", memory(3, 1) - 1024, up=True)
+    assert f"sits out; its cheapest plan, shown above, lacks {missing} of memory" in " ".join(text.split())
+    settings = ("--set", "fleet.weak.memory=1 KiB", "--set", "method.on_infeasible=ignore")
+    code, text, err = lamina("plan", file, "--why", "weak", *settings)
+    assert (code, err) == (0, "")
+    assert "trains blocks: all 3" in text
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["", "json"])
+def test_what_cannot_be_explained(flags: list[str], file: Path, lamina: Call) -> None:
+    one_line(
+        lamina("plan", file, "--why", "waek", *flags),
+        "no fleet class 'waek'; did you mean 'weak'? accepted: strong, weak",
+    )
+    one_line(lamina("plan", file, "--why", "zzz", *flags), "no fleet class 'zzz'; accepted: strong, weak")
+    one_line(lamina("plan", file, "--why", "weak", "--measure", *flags), "take one of them")
+    one_line(lamina("plan", file, "--why", "", *flags), "no fleet class ''; accepted: strong, weak")
+
+
 @pytest.mark.parametrize("name", ["[red]weak", "[/weak]"])
 def test_names_are_shown_as_they_are(name: str, file: Path, lamina: Call) -> None:
     _, out, _ = lamina("plan", file, "--set", f'fleet.weak.name="{name}"')
     assert name in out
+    _, out, _ = lamina("plan", file, "--set", f'fleet.weak.name="{name}"', "--why", name)
+    assert f"Memory of {name} at the peak" in out and f"class {name}, 3 devices, on tiny-3: " in out
 
 
 def test_methods_lists_every_row(lamina: Call) -> None:

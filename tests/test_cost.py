@@ -21,11 +21,11 @@ from lamina import client, model
 from lamina.cost import Cost, cost
 from lamina.job import Job, Local, Turn
 from lamina.layout import Axis, Params
-from lamina.ledger import FLOAT_BYTES, INDEX_BYTES
 from lamina.measure import measure, watch
 from lamina.model import Lora, Spec
 from lamina.ops import TORCH, Ops
 from lamina.plan import Keep, Plan, narrow
+from lamina.shapes import FLOAT_BYTES, INDEX_BYTES
 
 Kind = Literal["suffix", "lora all", "lora qv"]
 KINDS: tuple[Kind, ...] = ("suffix", "lora all", "lora qv")

@@ -2,20 +2,30 @@
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support import LOCAL, STEPS, TURN, VARIANTS, WINDOW, memory, prices, spec, write_world
 
 from lamina import config, model
+from lamina.cost import Cost, cost
 from lamina.errors import UserError
 from lamina.experiment import look_ahead
 from lamina.fleet import RESOURCES, Budget, quantity
+from lamina.job import Local
+from lamina.levers import EXACT, LADDER, NAMES, Allowed, Levers
 from lamina.methods import Method
 from lamina.methods.blocks import Caff
-from lamina.planner import Candidate, Choice, Group, assess, choose_network, choose_plan
+from lamina.methods.lora import FedLora
+from lamina.model import Spec
+from lamina.plan import Plan
+from lamina.planner import Candidate, Choice, Fitted, Group, assess, choose_network, choose_plan, fit
 from lamina.units import human
 
 CAFF, DROP, IGNORE = Caff(), Caff(on_infeasible="drop"), Caff(on_infeasible="ignore")
@@ -242,3 +252,413 @@ def test_the_recommended_budget_fits() -> None:
         advice = re.findall(r"memory = ([0-9.]+ \w+)", str(caught.value))[0]
         budget = Budget(memory_bytes=quantity("memory", advice))
         assert choose_plan(CAFF, spec(3), budget, local, WINDOW, STEPS, TURN).plan, str(caught.value)
+
+
+LONG = 128
+"""Tokens of the tests on levers: a prefix runs 256 tokens at a time, which should not be more than a batch."""
+HALVES = (0, 2, 1)
+"""Micro-batches of a batch of four, from weak to strong."""
+
+
+def long_spec(blocks: int) -> Spec:
+    return replace(spec(blocks), positions=LONG)
+
+
+def long_plans(method: Method = CAFF, blocks: int = 3) -> list[Plan]:
+    return list(method.plans(model.layout(method.adapt(long_spec(blocks))), TURN))
+
+
+@cache
+def every_price(method: Method, plan: Plan, local: Local = LOCAL) -> Mapping[Levers, Cost]:
+    """Of a plan for three blocks, with every combination of exact levers."""
+    axes = itertools.product((False, True), (False, True), ("", "ram", "disk"), HALVES, (False, True))
+    found = [Levers(c, f, p, micro_batch=m, recompute=r) for c, f, p, m, r in axes]  # type: ignore[arg-type]
+    adapted = method.adapt(long_spec(3))
+    return {levers: cost(adapted, replace(plan, levers=levers), local, LONG, STEPS) for levers in found}
+
+
+def fitted(plan: Plan, budget: Budget, allowed: Allowed, local: Local = LOCAL, method: Method = CAFF) -> Fitted:
+    return fit(method.adapt(long_spec(3)), plan, budget, local, LONG, STEPS, allowed)
+
+
+def pick_long(budget: Budget, allowed: Allowed, method: Method = CAFF, blocks: int = 3) -> Choice:
+    return choose_plan(method, method.adapt(long_spec(blocks)), budget, LOCAL, LONG, STEPS, TURN, allowed)
+
+
+def plain_price(plan: Plan) -> Cost:
+    return every_price(CAFF, plan)[Levers()]
+
+
+def weaker(levers: Levers, allowed: Sequence[str] = EXACT) -> list[Levers]:
+    """The same with one lever off, or less of it."""
+    found = [replace(levers, **{k: getattr(Levers(), k) for k in values}) for _, values in levers.parts()]
+    if levers.prefix_cache == "disk" and "cache_ram" in allowed:
+        found.append(replace(levers, prefix_cache="ram"))
+    larger = HALVES[: HALVES.index(levers.micro_batch)]
+    return found + [replace(levers, micro_batch=size) for size in larger]
+
+
+LONG_PLANS = long_plans()
+LOWEST, HIGHEST = 250_000, 2_600_000
+"""Below what any plan of LONG_PLANS needs, and above what any needs without levers."""
+budgets = st.integers(LOWEST, HIGHEST)
+
+
+def test_the_budgets_of_these_tests_span_all_cases() -> None:
+    needs = [price.memory_bytes for plan in LONG_PLANS for price in every_price(CAFF, plan).values()]
+    assert min(needs) > LOWEST and max(needs) < HIGHEST
+
+
+@pytest.mark.parametrize("allowed", ["none", ()], ids=["none", "an empty list"])
+def test_without_levers_nothing_is_as_it_was_not(allowed: Allowed) -> None:
+    """The first plan whose price as it stands fits, and that price."""
+    for limit in range(LOWEST, HIGHEST, 50_000):
+        budget = Budget(memory_bytes=limit)
+        choice = pick_long(budget, allowed)
+        able = [plan for plan in LONG_PLANS if plain_price(plan).memory_bytes <= limit]
+        assert choice.plan == (able[0] if able else None)
+        assert choice.cost == plain_price(able[0] if able else LONG_PLANS[-1])
+        assert choice == choose_plan(CAFF, long_spec(3), budget, LOCAL, LONG, STEPS, TURN)
+
+
+@pytest.mark.parametrize("allowed", ["exact", "all", NAMES], ids=["exact", "all", "names"])
+def test_what_fits_without_levers_has_none(allowed: Allowed) -> None:
+    for plan in LONG_PLANS:
+        need = plain_price(plan)
+        exactly = Budget(*(getattr(need, resource) for resource in RESOURCES))
+        assert fitted(plan, exactly, allowed) == Fitted(plan, need, ())
+        less = fitted(plan, replace(exactly, memory_bytes=need.memory_bytes - 1), allowed)
+        assert less.plan.levers != Levers()
+        assert not less.exceeded and less.cost.memory_bytes < need.memory_bytes
+        assert less.cost == every_price(CAFF, plan)[less.plan.levers]
+        assert replace(less.plan, levers=Levers()) == plan
+    assert pick_long(Budget(), allowed) == Choice(LONG_PLANS[0], plain_price(LONG_PLANS[0]), ())
+
+
+@given(limit=budgets)
+def test_exact_is_exact_and_preferred(limit: int) -> None:
+    for plan in LONG_PLANS:
+        exact, everything = (fitted(plan, Budget(memory_bytes=limit), allowed) for allowed in ("exact", "all"))
+        assert {name.split()[0] for name in exact.plan.levers.names()} <= set(EXACT)
+        if not exact.exceeded:
+            assert everything == exact
+
+
+def test_inexact_levers_are_used_where_exact_ones_do_not_do_and_only_then() -> None:
+    for plan in LONG_PLANS:
+        least = min(price.memory_bytes for price in every_price(CAFF, plan).values())
+        assert not {*fitted(plan, Budget(memory_bytes=least), "all").plan.levers.names()} - {*EXACT, "micro_batch 1"}
+        below = fitted(plan, Budget(memory_bytes=least - 1), "all")
+        assert not below.exceeded
+        assert any(not rung.exact and rung.name in below.plan.levers.names() for rung in LADDER)
+        assert fitted(plan, Budget(memory_bytes=least - 1), "exact").exceeded == ("memory_bytes",)
+
+
+@given(limit=budgets, allowed=st.sampled_from(["exact", "all", ("cache_ram", "micro_batch"), ("recompute",)]))
+def test_the_richest_plan_that_fits_with_levers_is_taken(limit: int, allowed: Allowed) -> None:
+    budget = Budget(memory_bytes=limit)
+    each = [fitted(plan, budget, allowed) for plan in LONG_PLANS]
+    able = [found for found in each if not found.exceeded]
+    choice = pick_long(budget, allowed)
+    assert choice.plan == (able[0].plan if able else None)
+    assert choice.cost == (able[0] if able else each[-1]).cost
+    richer = each[each.index(able[0]) - 1] if able else each[-1]
+    assert choice.binding == (() if able and able[0] is each[0] else richer.exceeded)
+
+
+def limits(method: Method, plan: Plan, local: Local = LOCAL) -> list[Budget]:
+    """All there are to tell apart: memory, and memory with as few operations as the plan can be trained in."""
+    table = every_price(method, plan, local)
+    fewest = min(price.flops for price in table.values())
+    able = {price.memory_bytes for price in table.values() if price.flops == fewest}
+    return [Budget(memory_bytes=price.memory_bytes) for price in table.values()] + [
+        Budget(memory_bytes=size, flops=fewest) for size in able
+    ]
+
+
+LORA = FedLora(rank=2, depth="budget")
+CLIP, SGD = replace(LOCAL, clip=1.0), replace(LOCAL, optimizer="sgd")
+SETTINGS = {
+    "caff": (CAFF, LOCAL),
+    "caff, sgd": (CAFF, SGD),
+    "caff, clip": (CAFF, CLIP),
+    "lora": (LORA, LOCAL),
+    "lora, clip": (LORA, CLIP),
+}
+settings = pytest.mark.parametrize(("method", "local"), SETTINGS.values(), ids=list(SETTINGS))
+
+
+@settings
+def test_no_lever_can_be_let_go(method: Method, local: Local) -> None:
+    """Nor weakened: the micro-batch is as large as can be, and no disk is used where memory does."""
+    for plan in long_plans(method):
+        table = every_price(method, plan, local)
+        for budget in limits(method, plan, local):
+            found = fitted(plan, budget, "exact", local, method)
+            if not found.exceeded:
+                for levers in weaker(found.plan.levers):
+                    assert budget.exceeded(table[levers]), (budget, found.plan.levers.names(), levers.names())
+
+
+@settings
+def test_what_some_combination_of_levers_fits_is_found(method: Method, local: Local) -> None:
+    missed = []
+    for plan in long_plans(method):
+        table = every_price(method, plan, local)
+        for budget in limits(method, plan, local):
+            able = any(not budget.exceeded(price) for price in table.values())
+            found = fitted(plan, budget, "exact", local, method)
+            assert found.exceeded == tuple(budget.exceeded(found.cost))
+            assert found.cost == table[found.plan.levers]
+            if able != (not found.exceeded):
+                missed.append((plan.label, budget, found.plan.levers.names()))
+    assert not missed
+
+
+def wide_plans() -> list[tuple[Plan, Spec]]:
+    """Of a network with matrices that are worth packing."""
+    wide = replace(long_spec(3), embed=64, heads=4, head_dim=16, ffn=256)
+    found = []
+    for method in (CAFF, LORA):
+        adapted = method.adapt(wide)
+        found += [(plan, adapted) for plan in method.plans(model.layout(adapted), TURN)]
+    return found
+
+
+WIDE_PLANS = wide_plans()
+
+
+@pytest.mark.parametrize("which", range(len(WIDE_PLANS)))
+def test_no_inexact_lever_can_be_let_go(which: int) -> None:
+    """From the least that all levers together need, to where no inexact one is needed."""
+    plan, adapted = WIDE_PLANS[which]
+    least = fit(adapted, plan, Budget(memory_bytes=1), LOCAL, LONG, STEPS, "all").cost.memory_bytes
+    for percent in (0, 1, 4, 10, 25):
+        limit = least + percent * least // 100
+        found = fit(adapted, plan, Budget(memory_bytes=limit), LOCAL, LONG, STEPS, "all")
+        assert not found.exceeded and found.cost.memory_bytes <= limit
+        levers = found.plan.levers
+        inexact = [rung for rung in LADDER if not rung.exact and rung.name in levers.names()]
+        options = [{key: getattr(Levers(), key) for key in rung.sets} for rung in inexact]
+        options += [{"frozen_bits": 16}] if levers.frozen_bits == 8 else []
+        options += [{"optimizer": "adamw8"}] if levers.optimizer == "adafactor" else []
+        for values in options:
+            weak = replace(plan, levers=replace(levers, **values))
+            assert cost(adapted, weak, LOCAL, LONG, STEPS).memory_bytes > limit, (percent, levers.names(), values)
+
+
+def test_inexact_levers_are_used_as_the_budget_shrinks() -> None:
+    """All of them, somewhere, and the harmless ones first."""
+    used: dict[str, float] = {}
+    for plan, adapted in WIDE_PLANS:
+        least = fit(adapted, plan, Budget(memory_bytes=1), LOCAL, LONG, STEPS, "all").cost.memory_bytes
+        for share in range(0, 30):
+            limit = least + share * least // 100
+            found = fit(adapted, plan, Budget(memory_bytes=limit), LOCAL, LONG, STEPS, "all")
+            assert not found.exceeded
+            used |= {name: max(share, used.get(name, 0)) for name in found.plan.levers.names()}
+    assert {"frozen16", "frozen8", "adamw8", "adafactor"} <= set(used)
+    assert used["frozen16"] >= used["frozen8"] and used["adamw8"] >= used["adafactor"]
+
+
+@given(low=budgets, more=st.integers(0, 500_000), allowed=st.sampled_from(["none", "exact", "all"]))
+def test_more_memory_never_trains_fewer_blocks(low: int, more: int, allowed: Allowed) -> None:
+    little, much = (long_depth(Budget(memory_bytes=size), allowed) for size in (low, low + more))
+    assert little <= much
+
+
+@given(limit=budgets, tight=st.booleans())
+def test_more_levers_never_train_fewer_blocks(limit: int, tight: bool) -> None:
+    flops = plain_price(LONG_PLANS[0]).flops if tight else None
+    wider: list[Allowed] = ["none", ("micro_batch",), ("chunked_loss", "cache_ram", "micro_batch"), "exact", "all"]
+    depths = [long_depth(Budget(memory_bytes=limit, flops=flops), allowed) for allowed in wider]
+    assert depths == sorted(depths)
+
+
+def long_depth(budget: Budget, allowed: Allowed) -> int:
+    plan = pick_long(budget, allowed).plan
+    return plan.trained_blocks(model.layout(long_spec(3))) if plan else 0
+
+
+def test_levers_let_a_device_train_more() -> None:
+    """In the memory of the last block the last two; the last block in a third of it."""
+    needs = [plain_price(plan).memory_bytes for plan in LONG_PLANS]
+    assert long_depth(Budget(memory_bytes=needs[2]), "none") == 1
+    assert long_depth(Budget(memory_bytes=needs[2]), "exact") == 3
+    assert long_depth(Budget(memory_bytes=needs[2] // 3), "exact") >= 1
+    assert long_depth(Budget(memory_bytes=needs[2] // 3), "none") == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_list_of_names_restricts(name: str) -> None:
+    """One lever alone: it is used exactly where it is needed and enough, and no other ever."""
+    (rung,) = (rung for rung in LADDER if rung.name == name)
+    for plan, adapted in WIDE_PLANS:
+        need, least = (
+            cost(adapted, replace(plan, levers=levers), LOCAL, LONG, STEPS).memory_bytes
+            for levers in (Levers(), Levers(**rung.sets))
+        )
+        for limit in (need, need - 1, least, least - 1):
+            found = fit(adapted, plan, Budget(memory_bytes=limit), LOCAL, LONG, STEPS, (name,))
+            used = {each.split()[0] for each in found.plan.levers.names()}
+            assert found.exceeded == (() if min(need, least) <= limit else ("memory_bytes",))
+            assert used <= {name}
+            assert found.exceeded or used == ({name} if limit < need else set())
+
+
+def test_a_cache_that_takes_more_than_it_saves_is_not_used() -> None:
+    """Of fifty steps the outputs for all examples are more than the batch needs."""
+    plan, local = LONG_PLANS[-1], replace(LOCAL, steps=50)
+    adapted = long_spec(3)
+
+    def price(**levers: object) -> Cost:
+        return cost(adapted, replace(plan, levers=Levers(**levers)), local, LONG, 50)  # type: ignore[arg-type]
+
+    def found(limit: int, *allowed: str) -> Fitted:
+        return fit(adapted, plan, Budget(memory_bytes=limit), local, LONG, 50, allowed)
+
+    none, chunked = price(), price(chunked_loss=True)
+    assert price(prefix_cache="ram").memory_bytes > none.memory_bytes > chunked.memory_bytes
+    alone = found(none.memory_bytes - 1, "cache_ram")
+    assert alone == Fitted(plan, none, ("memory_bytes",))
+    assert found(chunked.memory_bytes, "chunked_loss", "cache_ram").plan.levers == Levers(chunked_loss=True)
+    nearest = found(1, "chunked_loss", "cache_ram")
+    assert (nearest.plan.levers, nearest.cost) == (Levers(chunked_loss=True), chunked)
+
+
+def test_a_cache_goes_to_disk_only_where_memory_is_too_small() -> None:
+    """In a single step the outputs are less than the weights below."""
+    plan, local, adapted = LONG_PLANS[-1], replace(LOCAL, steps=1), long_spec(3)
+    ram, disk = (
+        cost(adapted, replace(plan, levers=Levers(prefix_cache=place)), local, LONG, 1).memory_bytes
+        for place in ("ram", "disk")
+    )
+    assert disk < ram < cost(adapted, plan, local, LONG, 1).memory_bytes
+    for limit, names in ((ram, ["cache_ram"]), (ram - 1, ["cache_disk"]), (disk, ["cache_disk"])):
+        found = fit(adapted, plan, Budget(memory_bytes=limit), local, LONG, 1, ("cache_ram", "cache_disk"))
+        assert (found.plan.levers.names(), found.exceeded) == (names, ())
+
+
+def test_recomputing_counts_operations() -> None:
+    """Where they are too few for it, it is not used, and that is what binds."""
+    for plan in LONG_PLANS:
+        plain, again = plain_price(plan), every_price(CAFF, plan)[Levers(recompute=True)]
+        assert again.flops > plain.flops and again.memory_bytes < plain.memory_bytes
+        enough = Budget(memory_bytes=again.memory_bytes, flops=again.flops)
+        assert fitted(plan, enough, ("recompute",)) == Fitted(replace(plan, levers=Levers(recompute=True)), again, ())
+        short = replace(enough, flops=again.flops - 1)
+        assert fitted(plan, short, ("recompute",)).exceeded == ("flops",)
+        other = fitted(plan, short, "exact")
+        assert not other.exceeded and not other.plan.levers.recompute
+
+
+def test_a_cache_saves_operations_where_examples_come_again() -> None:
+    """Three epochs, but one pass through the frozen blocks; it is used for that alone, too."""
+    plan, local, adapted = LONG_PLANS[-1], replace(LOCAL, steps=0, epochs=3), long_spec(3)
+    plain, cached = (
+        cost(adapted, replace(plan, levers=levers), local, LONG, 6) for levers in (Levers(), Levers(prefix_cache="ram"))
+    )
+    assert cached.flops < plain.flops
+    assert fit(adapted, plan, Budget(flops=plain.flops), local, LONG, 6, "exact") == Fitted(plan, plain, ())
+    found = fit(adapted, plan, Budget(flops=cached.flops), local, LONG, 6, "exact")
+    assert found == Fitted(replace(plan, levers=Levers(prefix_cache="ram")), cached, ())
+    short = fit(adapted, plan, Budget(flops=cached.flops - 1), local, LONG, 6, "exact")
+    assert short.exceeded == ("flops",)
+
+
+def test_no_lever_saves_what_is_sent() -> None:
+    for plan in LONG_PLANS:
+        need = plain_price(plan)
+        for resource in ("up_bytes", "down_bytes"):
+            short = Budget(**{resource: getattr(need, resource) - 1})
+            assert fitted(plan, short, "all") == Fitted(plan, need, (resource,))
+        both = fitted(plan, Budget(memory_bytes=need.memory_bytes - 1, up_bytes=need.up_bytes - 1), "exact")
+        assert both.exceeded == ("up_bytes",)
+        assert both == replace(
+            fitted(plan, Budget(memory_bytes=need.memory_bytes - 1), "exact"), exceeded=("up_bytes",)
+        )
+
+
+@pytest.mark.parametrize("allowed", ["exact", "all"])
+def test_ignored_budgets_need_no_levers(allowed: Allowed) -> None:
+    choice = pick_long(Budget(1, 1, 1, 1), allowed, IGNORE)
+    assert choice == Choice(LONG_PLANS[0], plain_price(LONG_PLANS[0]), ())
+
+
+def test_sitting_out_shows_the_least_memory_there_is() -> None:
+    choice = pick_long(Budget(memory_bytes=1), "exact")
+    least = min(price.memory_bytes for price in every_price(CAFF, LONG_PLANS[-1]).values())
+    assert (choice.plan, choice.cost.memory_bytes, choice.binding) == (None, least, ("memory_bytes",))
+
+
+@given(limit=budgets, flops=st.integers(50_000_000, 300_000_000))
+def test_what_binds_is_what_the_next_richer_plan_lacks(limit: int, flops: int) -> None:
+    """With that much more of it, it is taken."""
+    budget = Budget(memory_bytes=limit, flops=flops)
+    choice = pick_long(budget, "exact")
+    labels = [plan.label for plan in LONG_PLANS]
+    taken = labels.index(choice.plan.label) if choice.plan else len(labels)
+    if taken == 0:
+        assert choice.binding == ()
+        return
+    richer = fitted(LONG_PLANS[taken - 1], budget, "exact")
+    assert choice.binding == richer.exceeded != ()
+    raised = replace(budget, **{name: getattr(richer.cost, name) for name in choice.binding})
+    after = pick_long(raised, "exact").plan
+    assert after and labels.index(after.label) <= taken - 1
+
+
+def long_candidates(
+    groups: list[Group], allowed: Allowed, method: Method = CAFF, blocks: Sequence[int] = (2, 4)
+) -> list[Candidate]:
+    return [assess(method, f"long-{n}", long_spec(n), groups, LOCAL, LONG, STEPS, allowed) for n in blocks]
+
+
+def long_chosen(groups: list[Group], allowed: Allowed, method: Method = CAFF) -> Candidate:
+    scored = long_candidates(groups, allowed, method)
+    return choose_network(method, scored, groups, LOCAL, LONG, STEPS, allowed)
+
+
+def test_levers_let_a_deeper_network_be_chosen() -> None:
+    """In the memory of one block of two no block of four can be trained; with levers all four can."""
+    shallow = cost(long_spec(2), long_plans(CAFF, 2)[-1], LOCAL, LONG, STEPS)
+    groups = [Group("all", 3, Budget(memory_bytes=shallow.memory_bytes))]
+    for allowed, means, feasible in (("none", [1, 0], [True, False]), ("exact", [2, 4], [True, True])):
+        scored = long_candidates(groups, allowed)
+        assert [each.mean_trained_blocks for each in scored] == means
+        assert [each.feasible for each in scored] == feasible
+    assert long_chosen(groups, "none").name == "long-2"
+    winner = long_chosen(groups, "exact")
+    assert winner.name == "long-4"
+    assert winner.choices == (pick_long(groups[0].budget, "exact", blocks=4),)
+    assert winner.choices[0].plan and winner.choices[0].plan.levers != Levers()
+
+
+def lever_advice(limit: int, allowed: Allowed, **others: int) -> tuple[bool, bool]:
+    """Whether the message says that exact levers would help, and whether they would."""
+    groups = [Group("weak", 1, Budget(memory_bytes=limit, **others))]
+    with pytest.raises(UserError) as caught:
+        long_chosen(groups, allowed)
+    nearest = re.findall(r"fits no plan of long-(\d)", str(caught.value))[0]
+    helps = pick_long(groups[0].budget, "exact", blocks=int(nearest)).plan is not None
+    return 'levers = "exact"' in str(caught.value), helps
+
+
+def test_levers_are_recommended_exactly_where_they_help() -> None:
+    cheapest = cost(long_spec(2), long_plans(CAFF, 2)[-1], LOCAL, LONG, STEPS)
+    found = {lever_advice(limit, "none") for limit in range(100_000, cheapest.memory_bytes, 50_000)}
+    assert found == {(True, True), (False, False)}
+    assert lever_advice(cheapest.memory_bytes, "none", up_bytes=cheapest.up_bytes - 1) == (False, False)
+    assert lever_advice(cheapest.memory_bytes - 1, "none", up_bytes=cheapest.up_bytes - 1) == (False, False)
+    assert lever_advice(100_000, "exact") == (False, False)
+
+
+def test_a_class_that_levers_would_not_save_is_priced_with_them() -> None:
+    """The message shows what the nearest plan needs, levers included, and that much fits."""
+    with pytest.raises(UserError) as caught:
+        long_chosen([Group("weak", 1, Budget(memory_bytes=100_000))], "exact")
+    advice = re.findall(r"memory = ([0-9.]+ \w+)", str(caught.value))[0]
+    nearest = int(re.findall(r"fits no plan of long-(\d)", str(caught.value))[0])
+    budget = Budget(memory_bytes=quantity("memory", advice))
+    assert pick_long(budget, "exact", blocks=nearest).plan
+    assert not pick_long(budget, "none", blocks=nearest).plan

@@ -158,6 +158,36 @@ def test_a_stopped_run_goes_on_elsewhere(world: Table, finished: Path, tmp_path:
     assert outcome(current.folder) == outcome(finished)
 
 
+@pytest.mark.parametrize("levers", ["exact", ["micro_batch", "chunked_loss"]], ids=["exact", "list"])
+def test_levers_survive_a_stop(levers: Any, world: Table, tmp_path: Path) -> None:
+    """The run that goes on allows what it allowed, plans what it planned, and ends as the one that was not stopped."""
+    fleet = [{"name": "strong"}, {"name": "weak", "memory": memory(3, 2) - 1}]
+    table = world | {"levers": levers, "fleet": fleet}
+    whole = begin(table, tmp_path / "whole")
+    (weak,) = (each for each in whole.outlook.classes_json() if each["name"] == "weak")
+    assert weak["levers"] and weak["trained_blocks"] > 1
+    whole.play()
+    used = {tuple(line["levers"]) for line in lines(whole.folder / "devices.jsonl")}
+    assert used == {(), tuple(weak["levers"])}
+
+    def stop(row: run.RoundRow, devices: Any) -> None:
+        raise Killed
+
+    stopped = begin(table, tmp_path / "stopped")
+    with pytest.raises(Killed):
+        stopped.play(stop)
+    resumed = resume(stopped.folder)
+    assert resumed.experiment.levers == stopped.experiment.levers == whole.experiment.levers
+    assert resumed.outlook.chosen.choices == whole.outlook.chosen.choices
+    resumed.play()
+    assert outcome(stopped.folder) == outcome(whole.folder)
+
+
+def test_enforcement_survives_a_stop(world: Table, tmp_path: Path) -> None:
+    for enforce in (False, True):
+        assert resume(begin(world | {"enforce": enforce}, tmp_path).folder).experiment.enforce == enforce
+
+
 def wait_for(path: Path, count: int, process: subprocess.Popen[str]) -> None:
     """Until a file of lines has so many."""
     give_up = time.monotonic() + 60

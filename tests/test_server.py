@@ -14,7 +14,8 @@ from torch import Tensor
 from lamina import model, server
 from lamina.cost import cost
 from lamina.engines.local import LocalEngine
-from lamina.job import Local, Update
+from lamina.job import Failure, Local, Update
+from lamina.levers import Levers
 from lamina.methods.blocks import Caff
 from lamina.plan import Vote, merge
 from lamina.run import Run
@@ -66,6 +67,11 @@ def other(**changes: Any) -> Answer:
     return lambda update: [replace(update, turn=replace(update.turn, **changes))]
 
 
+def fails(update: Update) -> list[Any]:
+    """What a device sends that needed too much."""
+    return [Failure(update.turn, "exceeded its memory budget of 1.0 MiB")]
+
+
 AGAINST = "against its plan"
 FAULTS: dict[str, tuple[Answer, str]] = {
     "nan": (put(torch.nan), f"{HEAD} holds values that are not finite"),
@@ -95,6 +101,7 @@ FAULTS: dict[str, tuple[Answer, str]] = {
     "a loss of nan": (field(loss=torch.nan), "its training loss is not finite"),
     "an infinite loss": (field(loss=torch.inf), "its training loss is not finite"),
     "silence": (lambda update: [], "no update came"),
+    "a failure": (fails, "exceeded its memory budget of 1.0 MiB"),
 }
 every_fault = pytest.mark.parametrize(("answer", "reason"), FAULTS.values(), ids=list(FAULTS))
 
@@ -199,6 +206,135 @@ def test_a_late_answer_does_not_displace_the_one_that_was_asked_for(
 
     state, _ = play(run, Devices(run, spoil(cohort(run, WEAK)[:1], late)))
     assert bits(state.params) == bits(honest[0].params)
+
+
+def test_a_failure_costs_its_own_update(run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]) -> None:
+    """It received tensors, and sent and computed nothing that counts."""
+    bad = cohort(run, STRONG)[0]
+    state, rows = play(run, Devices(run, spoil([bad], fails)))
+    (row,), (before,) = ([row for row in each if row.device == bad] for each in (rows, honest[1]))
+    assert row == replace(before, loss=None, up_bytes=0, flops=0, rejected="exceeded its memory budget of 1.0 MiB")
+    assert row.down_bytes == before.down_bytes > 0
+    for key in ("up_bytes", "flops"):
+        assert state.totals[key] == honest[0].totals[key] - getattr(before, key)
+    assert (state.totals["updates"], state.totals["rejected_updates"], state.totals["abandoned_rounds"]) == (4, 1, 0)
+    assert moved(run.state.params, state.params)
+
+
+def test_failures_that_were_not_asked_for_change_nothing(
+    run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]
+) -> None:
+    """In the name of others, late, or after the answer; but a failure is an answer, too."""
+    (idle,) = set(range(6)) - {row.device for row in honest[1]}
+    first = cohort(run, WEAK)[:1]
+
+    def before(**changes: Any) -> Answer:
+        return lambda update: [*fails(replace(update, turn=replace(update.turn, **changes))), update]
+
+    harmless: list[Answer] = [before(device=device) for device in (idle, 99, -1)]
+    harmless += [before(round=7), before(seed=7), lambda update: [update, *fails(update)]]
+    for answer in harmless:
+        state, rows = play(run, Devices(run, spoil(first, answer)))
+        assert bits(state.params) == bits(honest[0].params)
+        assert (rows, state.totals) == (honest[1], honest[0].totals)
+    state, rows = play(run, Devices(run, spoil(first, before())))
+    assert [row.device for row in rows if row.rejected] == first
+    assert state.totals["updates"] == 4
+
+
+def test_failures_of_another_round_alone_are_no_answer(run: Run) -> None:
+    told: list[tuple[int, int]] = []
+    late: Answer = lambda update: fails(replace(update, turn=replace(update.turn, round=7)))  # noqa: E731
+    examples = [len(shard) for shard in run.task.train]
+    state, rows = play_round(
+        run.experiment,
+        run.outlook,
+        examples,
+        Devices(run, spoil(cohort(run, WEAK)[:1], late)),
+        run.state,
+        lambda done, jobs: told.append((done, jobs)),
+    )
+    assert [row.rejected for row in rows if row.rejected] == ["answers another round"]
+    assert told == [(done, 5) for done in range(1, 5)]
+    assert state.totals["rejected_updates"] == 1
+
+
+def test_failures_are_progress(run: Run) -> None:
+    told: list[tuple[int, int]] = []
+    examples = [len(shard) for shard in run.task.train]
+    engine = Devices(run, spoil(cohort(run, STRONG), fails))
+    play_round(run.experiment, run.outlook, examples, engine, run.state, lambda *each: told.append(each))
+    assert told == [(done, 5) for done in range(1, 6)]
+
+
+def test_failures_are_written_down(world: Table, tmp_path: Path) -> None:
+    """The second round loses everyone, and the run goes on."""
+    run = begin(world | {"cohort": 6}, tmp_path)
+    answer: Answer = lambda update: fails(update) if update.turn.round == 1 else [update]  # noqa: E731
+    summary = run.play(engine=Devices(run, answer))
+    first, second, third = lines(run.folder / "rounds.jsonl")
+    assert second["rejected"] == [f"device {d}: exceeded its memory budget of 1.0 MiB" for d in range(6)]
+    assert (second["loss"], second["updates"], second["up_bytes"], second["flops"]) == (None, 0, 0, 0)
+    assert (first["rejected"], third["rejected"], third["updates"]) == ([], [], 6)
+    refused = [line for line in lines(run.folder / "devices.jsonl") if line["rejected"]]
+    assert {(line["round"], line["rejected"], line["loss"], line["steps"]) for line in refused} == {
+        (2, "exceeded its memory budget of 1.0 MiB", None, 3)
+    }
+    totals = summary["totals"]
+    assert (totals["updates"], totals["rejected_updates"], totals["abandoned_rounds"]) == (12, 6, 1)
+
+
+THRIFTY = Local(lr=0.1, optimizer="sgd", steps=3, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def thrifty(world: Table) -> Table:
+    """One class trains all in less than half the memory that it takes, one the last two blocks in four fifths."""
+    half, most = memory(3, 3, THRIFTY) * 45 // 100, memory(3, 2, THRIFTY) * 4 // 5
+    fleet = [{"name": "strong", "memory": half}, {"name": "weak", "memory": most, "uplink": uplink(3) - 1}]
+    table = {"lr": THRIFTY.lr, "optimizer": THRIFTY.optimizer, "steps": THRIFTY.steps, "batch_size": THRIFTY.batch_size}
+    return world | {"local": table, "fleet": fleet, "levers": "exact", "cohort": 6}
+
+
+def uplink(trained: int) -> int:
+    return prices(Caff(), 3)[trained].up_bytes
+
+
+def test_a_round_plays_the_plans_that_were_shown(thrifty: Table, tmp_path: Path) -> None:
+    """Levers included, and the rows name them."""
+    run = begin(thrifty, tmp_path)
+    devices = Devices(run)
+    _, rows = play(run, devices)
+    plans = {job.turn.device: job.plan for job in devices.jobs}
+    assert sorted(plans) == [row.device for row in rows] == list(range(6))
+    shown = run.outlook.classes_json()
+    for row in rows:
+        choice = run.outlook.chosen.choices[run.outlook.class_of[row.device]]
+        assert plans[row.device] == choice.plan
+        assert choice.plan and choice.plan.levers != Levers()
+        assert list(row.levers) == choice.plan.levers.names() == shown[row.group]["levers"]
+        assert row.plan == choice.plan.label == shown[row.group]["plan"]
+        assert row.flops == choice.cost.flops
+    assert {name.split()[0] for row in rows for name in row.levers} == {
+        *("chunked_loss", "cache_disk", "micro_batch", "recompute")
+    }
+
+
+def test_levers_change_rounding_alone(thrifty: Table, tmp_path: Path) -> None:
+    """The same plans with and without: the same network after a run, but for the last digits."""
+    fleet = [{"name": "strong"}, {"name": "weak", "uplink": uplink(3) - 1}]
+    with_levers = begin(thrifty, tmp_path / "with")
+    plain = begin(thrifty | {"levers": "none", "fleet": fleet}, tmp_path / "plain")
+    for run in (with_levers, plain):
+        assert [choice.plan.label for choice in run.outlook.chosen.choices if choice.plan] == ["all 3", "last 2 of 3"]
+    before = {name: p.clone() for name, p in plain.state.params.items()}
+    with_levers.play()
+    plain.play()
+    keys = {name for name in before if name.endswith("attn.k.bias")}  # of which the gradient vanishes
+    assert moved(before, plain.state.params) >= set(before) - keys
+    assert moved(with_levers.state.params, plain.state.params)
+    for name, p in plain.state.params.items():
+        torch.testing.assert_close(with_levers.state.params[name], p, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("examples", [float("nan"), float("inf")], ids=str)

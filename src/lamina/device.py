@@ -110,7 +110,7 @@ class Devices:
 
 def _stop(process: subprocess.Popen[str]) -> None:
     """End the process and the child that it may have, at once."""
-    with process, contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError), process:
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own

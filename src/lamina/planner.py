@@ -138,7 +138,7 @@ def fit(spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps:
 
     Levers that cost neither operations nor time worth mentioning come first, then several passes, then recomputing,
     then the inexact ones. Within the first of these settings that fits, every lever that is not needed is let go.
-    What does not fit gets those that bring it nearest. What has to be sent or received, no lever changes.
+    What does not fit gets those that bring it nearest in memory. What has to be sent or received, no lever changes.
     """
     changeable = replace(limit, up_bytes=None, down_bytes=None)
 
@@ -156,7 +156,13 @@ def fit(spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps:
     settings = list(_settings(allowed, local))
     ends = [levers for inexact, levers in settings if inexact in (0, settings[-1][0])]  # the others lie between
     if not any(map(fits, reversed(ends))):
-        return min(map(result, ends), key=lambda each: (len(each.exceeded), each.cost.memory_bytes))
+        memory_alone = Budget(memory_bytes=limit.memory_bytes)
+        if changeable != memory_alone:
+            nearest = fit(spec, plan, memory_alone, local, tokens, steps, allowed)
+            return result(nearest.plan.levers)
+        least = min(ends, key=lambda each: price(each).memory_bytes)
+        most = price(least).memory_bytes
+        return result(_let_go(least, allowed, local.batch_size, lambda each: price(each).memory_bytes <= most))
     found = next(levers for _, levers in settings if fits(levers))
     return result(_let_go(found, allowed, local.batch_size, fits))
 
@@ -165,7 +171,8 @@ def _settings(allowed: Allowed, local: Local) -> Iterator[tuple[int, Levers]]:
     """Combinations of levers from cheap to dear, each with its number of inexact ones.
 
     Those that cost nothing are on from the start; but the cache, which may hold more than it saves, comes with and
-    without, and fused updates, for which clipping takes every batch twice, come last where gradients are clipped.
+    without, and fused updates, for which clipping takes every batch twice, come last where gradients are clipped, and
+    not where gradients must wait for other passes anyway.
     """
     named = {rung.name: rung.sets for rung in rungs(allowed)}
     costly = [name for name in ("micro_batch", "recompute", *(["fused_update"] if local.clip else [])) if name in named]
@@ -178,7 +185,8 @@ def _settings(allowed: Allowed, local: Local) -> Iterator[tuple[int, Levers]]:
     for count in range(len(inexact) + 1):
         for names in slow:
             for cache in ([], *caches):
-                chosen = (*free, *cache, *names, *inexact[:count])
+                useful = [name for name in free if name != "fused_update" or "micro_batch" not in names]
+                chosen = (*useful, *cache, *names, *inexact[:count])
                 yield count, Levers(**reduce(operator.or_, (named[name] for name in chosen), {}))
 
 

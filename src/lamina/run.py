@@ -238,8 +238,6 @@ def start(experiment: Experiment, root: Path) -> Run:
     Raises:
         UserError: Nothing fits, or data or a network cannot be used; then no folder is left behind.
     """
-    if experiment.enforce:
-        demand_limits()
     run = _prepare(experiment)
     run.folder = _new_folder(experiment, root)
     files.write(run.folder / "config.toml", config.dump(_anchored(experiment).to_table()))
@@ -317,6 +315,8 @@ def _anchored(experiment: Experiment) -> Experiment:
 
 
 def _prepare(experiment: Experiment) -> Run:
+    if experiment.enforce:
+        demand_limits()
     task = load_task(experiment)
     outlook = look_ahead(experiment, task)
     return Run(Path(), experiment, outlook, task, _first_state(experiment, outlook))

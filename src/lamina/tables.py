@@ -125,7 +125,8 @@ def why(found: Mapping[str, Any]) -> list[Table]:
 
 def reasons(found: Mapping[str, Any]) -> list[str]:
     """The rest of the answer to "why?", a sentence each."""
-    said = [f"class {found['class']}, {found['devices']} devices, on {found['network']}: "]
+    count = f"{found['devices']} device{'s' * (found['devices'] != 1)},"
+    said = [f"class {found['class']}, {count} on {found['network']}: "]
     if found["plan"]:
         said[0] += f"trains blocks: {_with(found)}"
     else:

@@ -247,7 +247,7 @@ def said(found: Table) -> str:
 
 
 def test_the_reasons(world: Table) -> None:
-    assert said(why(world, "weak")).splitlines()[0] == "class weak, 1 devices, on tiny-3: trains blocks: last 1 of 3"
+    assert said(why(world, "weak")).splitlines()[0] == "class weak, 1 device, on tiny-3: trains blocks: last 1 of 3"
     found = why(world, "middle", levers=["micro_batch"])
     (first, more, cheaper) = said(found).splitlines()
     assert first == "class middle, 1 devices, on tiny-3: trains blocks: last 2 of 3"

@@ -250,7 +250,7 @@ def test_the_reasons(world: Table) -> None:
     assert said(why(world, "weak")).splitlines()[0] == "class weak, 1 device, on tiny-3: trains blocks: last 1 of 3"
     found = why(world, "middle", levers=["micro_batch"])
     (first, more, cheaper) = said(found).splitlines()
-    assert first == "class middle, 1 devices, on tiny-3: trains blocks: last 2 of 3"
+    assert first == "class middle, 1 device, on tiny-3: trains blocks: last 2 of 3"
     up = human("up_bytes", found["richer"]["missing"]["up_bytes"], up=True)
     (size,) = (name for name in found["richer"]["levers"])
     assert more == f"with {up} of uplink more it would train blocks: all 3 ({size})"

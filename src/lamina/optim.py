@@ -69,29 +69,37 @@ def scratch_bytes(kind: Kind, shape: Sequence[int]) -> int:
     return 4 * math.prod(shape) if kind == "adafactor" and len(shape) == 1 else 0
 
 
-class AdamW8(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) with both moments in 8 bits and a scale per 256 elements.
-
-    **Source:** block-wise quantised states, Dettmers et al., ICLR 2022, section 2.
-    **Departs:** instead of a dynamic tree, codes are powers: m ~ sign(c) (c / 127)^2 and v ~ (c / 255)^4 times the
-    largest of the block; the code of v is at least 1, so that no step is divided by a v that was rounded to nothing.
-    """
+class _TensorByTensor(torch.optim.Optimizer):
+    """Decoupled weight decay, then `_update` for each tensor that has a gradient."""
 
     def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
-        """Betas 0.9 and 0.999, epsilon 1e-8."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._steps = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all tensors that have a gradient."""
+        """Update all tensors; may spoil the gradients."""
         self._steps += 1
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group["lr"], group["weight_decay"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    self._update(p, p.grad, group["lr"])
 
-    def _update(self, p: Tensor, lr: float, weight_decay: float) -> None:
+    def _update(self, p: Tensor, gradient: Tensor, lr: float) -> None:
+        raise NotImplementedError
+
+
+class AdamW8(_TensorByTensor):
+    """AdamW (Loshchilov and Hutter 2019) with both moments in 8 bits and a scale per 256 elements.
+
+    **Source:** block-wise quantised states, Dettmers et al., ICLR 2022, section 2.
+    **Departs:** instead of a dynamic tree, codes are powers: m ~ sign(c) (c / 127)^2 and v ~ (c / 255)^4 times the
+    largest of the block; the code of v is at least 1, so that no step is divided by a v that was rounded to nothing.
+    Betas are 0.9 and 0.999, epsilon 1e-8.
+    """
+
+    def _update(self, p: Tensor, gradient: Tensor, lr: float) -> None:
         state, coded = self.state[p], p.numel() >= _CODED
         if not state:
             groups = -(-p.numel() // _GROUP)
@@ -101,8 +109,7 @@ class AdamW8(torch.optim.Optimizer):
                 state["m_scale"], state["v_scale"] = torch.zeros(groups, 1), torch.zeros(groups, 1)
             else:
                 state["m"], state["v"] = torch.zeros(p.numel()), torch.zeros(p.numel())
-        p.mul_(1 - lr * weight_decay)
-        flat, gradient = p.view(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
+        flat, gradient = p.view(-1), gradient.reshape(-1)
         if not coded:
             self._move(flat, gradient, state["m"], state["v"], lr)
             return
@@ -141,7 +148,7 @@ def _encode(x: Tensor, code: Tensor, scale: Tensor, top: int, power: int) -> Non
         code.copy_(x.sqrt_().sqrt_().mul_(top).clamp_(min=1).round_())
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(_TensorByTensor):
     """Second moments as an outer product of row and column means; no first moment.
 
     **Source:** Shazeer and Stern, ICML 2018: Algorithms 4 and 5 with update clipping at 1 (section 6) and
@@ -150,21 +157,7 @@ class Adafactor(torch.optim.Optimizer):
     means what it means for AdamW. Unlike torch's, it needs no memory of the size of a matrix besides the gradient.
     """
 
-    def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
-        """Epsilon 1e-30 in the squares."""
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self._steps = 0
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all tensors that have a gradient; spoils the gradients."""
-        self._steps += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group["lr"], group["weight_decay"])
-
-    def _update(self, p: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+    def _update(self, p: Tensor, gradient: Tensor, lr: float) -> None:
         state, fresh = self.state[p], self._steps**-0.8
         if gradient.dim() > 1:
             matrix = gradient.reshape(-1, gradient.shape[-1])
@@ -180,4 +173,4 @@ class Adafactor(torch.optim.Optimizer):
             state["square"].lerp_(gradient.square().add_(1e-30), fresh)
             gradient.mul_(state["square"].rsqrt())
         rms = float(torch.linalg.vector_norm(gradient)) / math.sqrt(gradient.numel())
-        p.mul_(1 - lr * weight_decay).add_(gradient, alpha=-lr / max(1.0, rms))
+        p.add_(gradient, alpha=-lr / max(1.0, rms))

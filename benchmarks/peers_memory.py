@@ -15,7 +15,6 @@ import argparse
 import itertools
 import time
 import warnings
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -27,12 +26,11 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from lamina import files
+from lamina.limits import resident_peak, start_count
 from lamina.run import environment
+from lamina.watch import Watch, count_allocations
 
 GRID: dict[str, tuple[Any, ...]] = {
     "vocabulary": (8192, 50257),
@@ -68,42 +66,31 @@ def main() -> None:
 def watched(*values: Any) -> dict[str, int]:
     """The peak as a dispatch mode and finalizers see it."""
     model = network(*values)
-    with _Watch() as watch:
+    with Watch() as watch:
         for tensor in itertools.chain(model.parameters(), model.buffers()):
-            watch.see(tensor)
+            watch.see(tensor, "weights")
         list(itertools.islice(training(model), STEPS))
-    return {"peak_bytes": watch.peak}
+    return {"peak_bytes": sum(watch.timeline.peak()[0].values())}
 
 
 def allocated(*values: Any) -> dict[str, int]:
     """The peak as torch's allocator has it, on top of the weights."""
     model = network(*values)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        list(itertools.islice(training(model), STEPS))
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
+    _, peak = count_allocations(lambda: list(itertools.islice(training(model), STEPS)))
     memories = (tensor.untyped_storage() for tensor in itertools.chain(model.parameters(), model.buffers()))
     weights = sum({memory.data_ptr(): memory.nbytes() for memory in memories}.values())
-    return {"allocator_peak_bytes": weights + max(itertools.accumulate(int(event.nbytes()) for event in events))}
+    return {"allocator_peak_bytes": weights + peak}
 
 
 def unwatched(vocabulary: int, activation: str, case: str) -> dict[str, float]:
     """Growth of resident memory since before the network was made, and seconds of a step after the first."""
     next(training(network(16, activation, case, n_layer=1, n_embd=8)))  # imports what is imported at first use
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_peak()
+    before = start_count()
     steps = training(network(vocabulary, activation, case))
     seconds = [next(steps) for _ in range(STEPS)]
     rss = resident_peak() - before
     seconds += itertools.islice(steps, 4 - STEPS)
     return {"rss_bytes": rss, "seconds_per_step": round(median(seconds[1:]), 3)}
-
-
-def resident_peak() -> int:
-    """Largest resident memory since it was last reset, in bytes."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def network(vocabulary: int, activation: str, case: str, **smaller: int) -> Any:
@@ -134,36 +121,6 @@ def training(model: Any) -> Iterator[float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield time.perf_counter() - start
-
-
-class _Watch(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def see(self, tensor: torch.Tensor) -> None:
-        """Count the storage of a tensor until it is freed."""
-        memory = tensor.untyped_storage()
-        if memory._cdata not in self.known:
-            self.known.add(memory._cdata)
-            self.live += memory.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(memory, self._gone, memory._cdata, memory.nbytes())
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.remove(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the kernel, then look at what it made."""
-        out = func(*args, **(kwargs or {}))
-        for each in tree_iter(out):
-            if isinstance(each, torch.Tensor):
-                self.see(each)
-        return out
 
 
 if __name__ == "__main__":

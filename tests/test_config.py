@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import VARIANTS, Table
 
-from lamina import config
 from lamina.config import Experiment, dump, experiment, load_experiment, load_pretrain
 from lamina.data.shakespeare import Shakespeare
-from lamina.errors import UserError
+from lamina.errors import UserError, nearest
 from lamina.fleet import DeviceClass
 from lamina.job import Local
 from lamina.methods import METHODS
@@ -333,5 +332,5 @@ def test_json_numbers_are_toml_numbers() -> None:
 
 
 def test_nearest() -> None:
-    assert config.nearest("caf", METHODS) == f"did you mean 'caff'? accepted: {METHOD_NAMES}"
-    assert config.nearest("zzz", ["a", "b"]) == "accepted: a, b"
+    assert nearest("caf", METHODS) == f"did you mean 'caff'? accepted: {METHOD_NAMES}"
+    assert nearest("zzz", ["a", "b"]) == "accepted: a, b"

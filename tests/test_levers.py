@@ -701,7 +701,6 @@ def test_an_unknown_lever_is_refused() -> None:
 
 @pytest.mark.parametrize("lever", [*PRICED.values(), Levers(micro_batch=7)])
 def test_levers_and_plans_survive_json(lever: Levers) -> None:
-    assert levers.from_json(json.loads(json.dumps(lever.to_json()))) == lever
     plan = replace(GRADIENT_PLANS["last 2 of 3"], levers=lever, keep={Axis("embed"): Keep(3, units=(1, 2, 5))})
     back = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert back == plan

@@ -22,7 +22,7 @@ from lamina.methods.blocks import Caff
 from lamina.methods.lora import FedLora
 from lamina.model import Spec
 from lamina.plan import Plan
-from lamina.watch import _Watch, count_allocations, watch_job
+from lamina.watch import Watch, count_allocations, watch_job
 
 MOMENTS = ("load", "prefix", "forward", "loss", "backward", "update")
 SPEC = Spec(3, embed=64, heads=4, head_dim=16, ffn=256, vocab=96, positions=64)
@@ -82,7 +82,7 @@ def test_watching_and_counting_change_no_bit(levers: Levers, tmp_path: Path, cap
     plain = client.train(job.owned(), shard, adapted)
     flashed = replace(job, arrays=Flash(path))
     watched, timeline = watch_job(flashed, shard, adapted)
-    counted, allocated = count_allocations(flashed, shard, adapted)
+    counted, allocated = count_allocations(lambda: client.train(flashed, shard, adapted))
     for update in (watched, counted):
         assert bits(update.arrays) == bits(plain.arrays)
         assert (update.turn, update.examples, update.steps, update.loss) == (
@@ -109,7 +109,7 @@ def test_random_work_is_always_the_same() -> None:
 
 def test_a_watch_sees_births_and_deaths() -> None:
     """By hand: 1 KiB, then 2 KiB beside it, which a view does not add to, then 4 KiB alone."""
-    with _Watch() as watched:
+    with Watch() as watched:
         watched.timeline.moment = "first"
         one = torch.ones(KIB // 4)
         watched.timeline.moment = "second"
@@ -137,7 +137,7 @@ def test_a_watch_tells_what_tensors_are_for() -> None:
     """What is kept for backward, gradients when they are used, states of the optimizer; nothing after its end."""
     p = torch.ones(KIB // 4, requires_grad=True)
     optimizer = torch.optim.AdamW([p], fused=True)
-    with _Watch() as watched:
+    with Watch() as watched:
         (p.exp() * 2.0).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     totals: dict[str, int] = {}

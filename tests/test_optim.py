@@ -16,7 +16,7 @@ from torch import Tensor
 from lamina import optim
 from lamina.job import Local
 from lamina.optim import Adafactor, AdamW8, Kind
-from lamina.watch import _Watch
+from lamina.watch import Watch
 
 LARGE = [(4096,), (4097,), (70, 60), (3, 7, 300), (300, 64)]
 SMALL = [(1,), (3,), (5, 4), (4095,), (2, 3, 4)]
@@ -240,7 +240,7 @@ def test_what_an_update_takes_is_counted(kind: Kind, shape: tuple[int, ...]) -> 
     optimizer = optim.build([p], local, kind, 0.1)
     p.grad = torch.ones(shape)
     optimizer.step()
-    with _Watch() as watched:
+    with Watch() as watched:
         for each in (p.detach(), p.grad):
             watched.see(each)
         given = sum(delta for delta, _, _ in watched.timeline.events)

@@ -19,7 +19,7 @@ from lamina import packed
 from lamina.flash import Flash
 from lamina.ops import TORCH
 from lamina.packed import SMALLEST, Packed, pack, packable, slabs
-from lamina.watch import _Watch
+from lamina.watch import Watch
 
 SIZES = [(1, 1), (7, 5), (3, 2, 6), (2, 3, 2, 4)]
 
@@ -177,7 +177,7 @@ def test_a_packed_linear_is_the_linear_of_the_unpacked_matrix(
 def test_nothing_unpacked_waits_for_backward(bits: int) -> None:
     """After the forward pass the output is all that is new, and afterwards the gradient."""
     weight, x = packed_of(torch.randn(64, 96), bits), torch.randn(3, 96).requires_grad_()
-    with _Watch() as watched:
+    with Watch() as watched:
         y = TORCH.linear(x, weight)  # type: ignore[arg-type]
         assert sum(delta for delta, _, _ in watched.timeline.events) == y.nbytes
         assert max(storage.size_bytes for _, storage, _ in watched.timeline.events) == 4 * 64 * 96

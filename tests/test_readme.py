@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from types import ModuleType
 import pytest
 from support import begin, moved, write_world
 
+from lamina.cli import main
 from lamina.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +23,34 @@ def test_the_page_of_keys_is_that_of_the_code() -> None:
     """`python scripts/make_keys.py docs/keys.md` makes it anew."""
     page = runpy.run_path(str(ROOT / "scripts" / "make_keys.py"))["page"]()
     assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == page
+
+
+def shown_plans() -> list[tuple[str, list[str]]]:
+    """Each `lamina plan` that the pages show, with the lines that they show of it; "..." leaves some out."""
+    found: list[tuple[str, list[str]]] = []
+    for page in (README, ROOT / "docs" / "levers.md"):
+        for block in re.findall(r"^```\w*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            command = None
+            for line in block.splitlines():
+                if line.startswith("$ "):
+                    command = line.removeprefix("$ lamina ") if line.startswith("$ lamina plan ") else None
+                    found += [(command, [])] if command else []
+                elif command and line.strip() not in ("", "..."):
+                    found[-1][1].append(line.rstrip())
+    return found
+
+
+@pytest.mark.parametrize(("command", "lines"), shown_plans(), ids=[command for command, _ in shown_plans()])
+def test_a_plan_that_a_page_shows_is_what_is_printed(
+    command: str, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["lamina", *shlex.split(command)])
+    with pytest.raises(SystemExit):
+        main()
+    printed = "".join(capsys.readouterr()).splitlines()
+    assert len(shown_plans()) >= 4 and lines
+    assert [line for line in lines if line not in map(str.rstrip, printed)] == []
 
 
 def test_the_method_of_the_readme_works_with_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,14 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
-from lamina.errors import UserError
+from lamina.errors import UserError, nearest
 from lamina.fleet import DeviceClass
 from lamina.job import Local
 from lamina.levers import Allowed, rungs
@@ -142,14 +142,6 @@ def dump(table: Mapping[str, Any]) -> str:
     for head, content in tables:
         lines += ["", head, dump(content).rstrip("\n")]
     return "\n".join(lines) + "\n"
-
-
-def nearest(given: str, accepted: Iterable[str]) -> str:
-    """A hint at the accepted name nearest to what was given, then the list of all."""
-    accepted = list(accepted)
-    close = difflib.get_close_matches(given, accepted, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}accepted: {', '.join(accepted)}"
 
 
 def _toml(value: object) -> str:

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lamina import model
-from lamina.config import Experiment, nearest
+from lamina.config import Experiment
 from lamina.cost import cost
-from lamina.errors import UserError
+from lamina.errors import UserError, nearest
 from lamina.experiment import Outlook
 from lamina.fleet import Budget
 from lamina.job import Local, Turn

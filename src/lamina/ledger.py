@@ -266,7 +266,7 @@ class _Cache:
     """Stands for `flash.Kept` and `flash.Pages`."""
 
     def __init__(self, ledger: Ledger, rows: int, shape: tuple[int, ...], place: str, item_bytes: int) -> None:
-        self._ledger, self._shape, self._item_bytes, self._place = ledger, shape, item_bytes, place
+        self._ledger, self._shape, self._item_bytes = ledger, shape, item_bytes
         self._kept = ledger.blank((rows, *shape), item_bytes) if place == "ram" else None
 
     def write(self, first: int, x: Tensor) -> None:

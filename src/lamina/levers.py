@@ -6,10 +6,11 @@ those without which a plan does not fit (see `lamina.planner`).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from lamina.errors import nearest
 
 Allowed = str | tuple[str, ...]
 """What a config's `levers` says: "none", "exact", "all", or names of `LADDER`."""
@@ -57,10 +58,6 @@ class Levers:
         """Of the levers that are on."""
         return [name for name, _ in self.parts()]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Rung:
@@ -105,14 +102,5 @@ def rungs(allowed: Allowed) -> Iterator[Rung]:
     named: dict[str, Sequence[str]] = {"none": (), "exact": EXACT, "all": NAMES}
     chosen = named.get(allowed, (allowed,)) if isinstance(allowed, str) else allowed
     if unknown := [name for name in chosen if name not in NAMES]:
-        close = difflib.get_close_matches(unknown[0], [*named, *NAMES], n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f'levers: unknown {unknown[0]!r}; {hint}accepted: "none", "exact", "all" or a list of {", ".join(NAMES)}'
-        )
+        raise ValueError(f"levers: unknown {unknown[0]!r}; {nearest(unknown[0], [*named, *NAMES])}")
     return (rung for rung in LADDER if rung.name in chosen)
-
-
-def from_json(data: dict[str, Any]) -> Levers:
-    """The levers written by `to_json`."""
-    return Levers(**{each.name: data[each.name] for each in fields(Levers)})

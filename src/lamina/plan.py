@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lamina.layout import Axis, Layout, Params
 from lamina.levers import Levers
-from lamina.levers import from_json as levers_from_json
 
 Absent = Literal["keep", "skip"]
 
@@ -114,7 +113,7 @@ class Plan:
             "trains": sorted(self.trains),
             "keep": keep,
             "label": self.label,
-            "levers": self.levers.to_json(),
+            "levers": asdict(self.levers),
         }
 
     @staticmethod
@@ -124,9 +123,7 @@ class Plan:
             Axis(axis): Keep(count, start, tuple(units) if units else None)
             for axis, (count, start, units) in data["keep"].items()
         }
-        return Plan(
-            frozenset(data["holds"]), frozenset(data["trains"]), keep, data["label"], levers_from_json(data["levers"])
-        )
+        return Plan(frozenset(data["holds"]), frozenset(data["trains"]), keep, data["label"], Levers(**data["levers"]))
 
 
 def narrow(params: Params, layout: Layout, plan: Plan) -> Params:

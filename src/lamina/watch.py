@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -32,30 +32,32 @@ from lamina.ops import Ops
 from lamina.packed import Packed
 from lamina.timeline import Storage, Timeline
 
+T = TypeVar("T")
+
 
 def watch_job(job: Job, shard: Shard, spec: Spec) -> tuple[Update, Timeline]:
     """Train a job, its arrays on disk, in this process: the update, and when each tensor was born and freed."""
     assert isinstance(job.arrays, Flash)
-    with _Watch() as watched:
+    with Watch() as watched:
         update = client.train(replace(job, arrays=_SeenFlash(job.arrays.path, watched)), shard, spec, _SeenOps(watched))
     return update, watched.timeline
 
 
-def count_allocations(job: Job, shard: Shard, spec: Spec) -> tuple[Update, int]:
-    """Train a job in this process: the update, and most bytes that torch's allocator had given out at a time.
+def count_allocations(call: Callable[[], T]) -> tuple[T, int]:
+    """What a call returns, and most bytes that torch's allocator had given out in it at a time.
 
-    The batch is not in it: numpy allocates it.
+    What numpy allocates, such as batches, is not in it.
     """
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _hushed():
         profiler.start()
-    update = client.train(job, shard, spec)
+    returned = call()
     with _hushed():
         profiler.stop()
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    return update, max(accumulate(int(event.nbytes()) for event in events))
+    return returned, max(accumulate(int(event.nbytes()) for event in events))
 
 
 @contextmanager
@@ -72,10 +74,11 @@ def _hushed() -> Iterator[None]:
         os.close(nowhere)
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Writes a timeline of all tensor memory while it is entered."""
 
     def __init__(self) -> None:
+        """Know nothing yet."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.timeline = Timeline()
         self._known: dict[int, Storage] = {}
@@ -94,7 +97,8 @@ class _Watch(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self.timeline.died(self._known.pop(key))
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Watch:
+        """Begin to watch."""
         kept = torch.autograd.graph.saved_tensors_hooks(self._kept, lambda tensor: tensor)
         kept.__enter__()
         handles = [
@@ -106,6 +110,7 @@ class _Watch(TorchDispatchMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
+        """Watch births no more; deaths are still seen."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for undo in self._undo:
             undo()
@@ -139,7 +144,7 @@ class _Watch(TorchDispatchMode):
 class _SeenFlash(Flash):
     """Arrays on disk, seen as weights when they come into memory."""
 
-    def __init__(self, path: Path, watched: _Watch) -> None:
+    def __init__(self, path: Path, watched: Watch) -> None:
         super().__init__(path)
         self._watched = watched
 
@@ -152,7 +157,7 @@ class _SeenFlash(Flash):
 class _SeenOps(Ops):
     """The kernels, and what they do told to the watch where it cannot see it."""
 
-    def __init__(self, watched: _Watch) -> None:
+    def __init__(self, watched: Watch) -> None:
         self._watched = watched
 
     def moment(self, name: str) -> None:

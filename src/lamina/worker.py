@@ -72,7 +72,7 @@ def _answer(folder: Path) -> None:
                 update, timeline = watch_job(job, shard, spec)
                 answer["watched"] = timeline.peak()
             elif request["look"] == "allocator":
-                update, answer["allocator_bytes"] = count_allocations(job, shard, spec)
+                update, answer["allocator_bytes"] = count_allocations(lambda: client.train(job, shard, spec))
             else:
                 update = client.train(job, shard, spec)
     except (MemoryError, RuntimeError) as error:

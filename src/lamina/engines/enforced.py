@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from lamina.data.task import Shard
 from lamina.device import Devices
+from lamina.engines.local import in_threads
 from lamina.job import Failure, Job, Update
 from lamina.model import Spec
 
@@ -24,11 +24,7 @@ class EnforcedEngine:
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
         """Answers in the order of the jobs."""
-        with ThreadPoolExecutor(self._workers) as pool:
-            try:
-                yield from pool.map(self._train, jobs)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return in_threads(self._workers, self._train, jobs)
 
     def _train(self, job: Job) -> Update | Failure:
         devices, device = self._idle.get(), job.turn.device

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from lamina import client
 from lamina.data.task import Shard
 from lamina.job import Job, Update
 from lamina.model import Spec
+
+T = TypeVar("T")
+
+
+def in_threads(workers: int, train: Callable[[Job], T], jobs: Iterable[Job]) -> Iterator[T]:
+    """What becomes of each job, in their order, `workers` at a time; what was not begun when one fails is dropped."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(train, jobs)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class LocalEngine:
@@ -20,11 +32,7 @@ class LocalEngine:
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update]:
         """Updates in the order of the jobs."""
-        with ThreadPoolExecutor(self._workers) as pool:
-            try:
-                yield from pool.map(self._train, jobs)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return in_threads(self._workers, self._train, jobs)
 
     def _train(self, job: Job) -> Update:
         return client.train(job.owned(), self._shards[job.turn.device], self._spec)

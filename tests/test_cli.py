@@ -101,8 +101,7 @@ BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     "broken config": (broken_config, "config.json is not JSON"),
     "no such lever": (
         put("levers", ["recompute", "recompte"]),
-        'levers: unknown \'recompte\'; did you mean \'recompute\'? accepted: "none", "exact", "all" or a list of '
-        + ", ".join(NAMES),
+        "levers: unknown 'recompte'; did you mean 'recompute'? accepted: none, exact, all, " + ", ".join(NAMES),
     ),
     "no such set of levers": (put("levers", "exakt"), "levers: unknown 'exakt'; did you mean 'exact'? accepted: "),
     "neither set nor lever": (put("levers", "some"), "levers: unknown 'some'; accepted: "),

@@ -90,7 +90,7 @@ def plan_of(name: str, settings: dict[str, Any], blocks: int, levers: dict[str, 
     method = METHODS[name](**settings)
     spec = method.adapt(Spec(BLOCKS, EMBED, HEADS, EMBED // HEADS, 4 * EMBED, vocabulary, TOKENS))
     layout = model.layout(spec)
-    plans = method.plans(layout, Turn(0, 0, 1))
+    plans = method.plans(spec, Turn(0, 0, 1), {})
     plan = next(plan for plan in plans if plan.trained_blocks(layout) == blocks)
     return spec, replace(plan, levers=Levers(**levers))
 

@@ -130,7 +130,7 @@ def plan_of(settings: dict[str, Any]) -> tuple[Spec, Plan, Local]:
     spec = chosen.adapt(plain)
     layout = model.layout(spec)
     blocks = {"one": 1, "half": s["depth"] // 2, "all": s["depth"]}[s["trained"]]
-    plan = next(p for p in chosen.plans(layout, Turn(0, 0, 1)) if p.trained_blocks(layout) == blocks)
+    plan = next(p for p in chosen.plans(spec, Turn(0, 0, 1), {}) if p.trained_blocks(layout) == blocks)
     plan = replace(plan, levers=Levers(**s["levers"]))
     momentum = 0.9 if s["optimizer"] == "momentum" else 0.0
     kind = s["optimizer"] if not momentum else "sgd"

@@ -22,7 +22,8 @@ from lamina.methods.blocks import Caff
 from lamina.methods.lora import FedLora
 from lamina.model import Spec
 from lamina.run import Run, start
-from lamina.server import DeviceRow, State, play_round
+from lamina.server import DeviceRow, play_round
+from lamina.state import State
 from lamina.turn import generator
 
 Table = dict[str, Any]
@@ -97,7 +98,7 @@ def prices(method: Method, blocks: int, local: Local = LOCAL) -> dict[int, Cost]
     """What a method's plans for `tiny-<blocks>` cost, by the number of blocks they train."""
     adapted = method.adapt(spec(blocks))
     layout = model.layout(adapted)
-    plans = {plan.trained_blocks(layout): plan for plan in method.plans(layout, TURN)}
+    plans = {plan.trained_blocks(layout): plan for plan in method.plans(adapted, TURN, {})}
     return {trained: cost(adapted, plan, local, WINDOW, STEPS) for trained, plan in plans.items()}
 
 

@@ -20,7 +20,7 @@ from lamina.plan import Plan, narrow
 
 SGD = Local(lr=0.3, optimizer="sgd", steps=1, batch_size=4)
 SPEC, PARAMS = spec(3), weights(spec(3))
-PLANS = {plan.label: plan for plan in Caff().plans(model.layout(SPEC), TURN)}
+PLANS = {plan.label: plan for plan in Caff().plans(SPEC, TURN, {})}
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
 
 
@@ -153,7 +153,7 @@ def test_devices_are_stateless(shard: Shard) -> None:
 @pytest.mark.parametrize("method", VARIANTS.values(), ids=list(VARIANTS))
 def test_training_lowers_the_loss(method: Any, shard: Shard) -> None:
     adapted = method.adapt(SPEC)
-    plan = next(iter(method.plans(model.layout(adapted), TURN)))
+    plan = next(iter(method.plans(adapted, TURN, {})))
     asked = Job(TURN, plan, Local(lr=0.01, steps=1, batch_size=len(shard)), weights(adapted))
     first = client.train(asked.owned(), shard, adapted)
     many = client.train(replace(asked, local=replace(asked.local, steps=8)).owned(), shard, adapted)

@@ -67,7 +67,7 @@ class Cell:
     @property
     def plan(self) -> Plan:
         layout = model.layout(self.spec)
-        plans = {plan.trained_blocks(layout): plan for plan in self.method.plans(layout, TURN)}
+        plans = {plan.trained_blocks(layout): plan for plan in self.method.plans(self.spec, TURN, {})}
         return replace(plans[self.trained], levers=self.levers)
 
     @property
@@ -262,7 +262,7 @@ def test_measuring_agrees_with_the_price(devices: Devices) -> None:
     """Live tensors to a hundredth, the allocator and the process but for what kernels take."""
     cell, server = TIGHT["levers"], devices._process.pid
     price = cell.price
-    found = measure.measure(cell.spec, cell.plan, replace(cell.local, steps=5), cell.tokens, 5, devices)
+    found = measure.measure(cell.spec, cell.plan, replace(cell.local, steps=5), cell.tokens, 5, devices=devices)
     assert found.memory.total == pytest.approx(price.memory_bytes, rel=0.01)
     assert found.moment == price.moment == "backward"
     assert found.allocator_bytes == pytest.approx(price.memory_bytes, rel=0.1)
@@ -292,7 +292,7 @@ def test_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "Devices", lambda: own)
     for devices in (given, None):
         with pytest.raises(UserError, match=r"^'last 1 of 2' could not be measured: its process was ended by SIGKILL$"):
-            measure.measure(cell.spec, plan, *work, devices)  # type: ignore[arg-type]
+            measure.measure(cell.spec, plan, *work, devices=devices)  # type: ignore[arg-type]
     assert (given.closed, own.closed) == (False, True)
 
 

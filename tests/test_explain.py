@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import LOCAL, STEPS, TURN, WINDOW, Table, memory, prices, spec, write_world
 
-from lamina import config, model, tables
+from lamina import config, tables
 from lamina.cost import cost
 from lamina.errors import UserError
 from lamina.experiment import Outlook, look_ahead
@@ -91,7 +91,7 @@ def test_the_waterfall_goes_from_no_levers_to_the_plan(name: str, levers: Any, w
         assert sum(step["memory"].values()) == step["peak_bytes"] == step["memory_bytes"]
     assert {"step": steps[-1]["step"]} | found["predicted"] == steps[-1]
     label = found["plan"] or "last 1 of 3"
-    (plan,) = (plan for plan in Caff().plans(model.layout(spec(3)), TURN) if plan.label == label)
+    (plan,) = (plan for plan in Caff().plans(spec(3), TURN, {}) if plan.label == label)
     on = Levers()
     parts = fit(spec(3), plan, outlook.groups[list(FLEET).index(name)].budget, LOCAL, WINDOW, STEPS, experiment.levers)
     for step, values in zip(steps, [{}, *(values for _, values in parts.plan.levers.parts())], strict=True):

@@ -86,8 +86,8 @@ def run(
     losses: list[float] = []
     step = client._Trainer.step
 
-    def noted(self: client._Trainer, inputs: Tensor, targets_BS: Tensor) -> float:
-        losses.append(step(self, inputs, targets_BS))
+    def noted(self: client._Trainer, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
+        losses.append(step(self, number, inputs, targets_BS))
         return losses[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +135,7 @@ DISTINCT = [name for name in EXACT_LEVERS if name not in TOO_ALIKE]
 def test_exact_levers_leave_every_method_as_it_is(variant: str, name: str) -> None:
     """Twenty steps of AdamW; blocks run one or two sequences at a time where they run in slices."""
     network = VARIANTS[variant].adapt(SPEC)
-    plans = list(VARIANTS[variant].plans(model.layout(network), TURN))
+    plans = list(VARIANTS[variant].plans(network, TURN, {}))
     local = Local(lr=3e-3, steps=20, batch_size=4, weight_decay=0.1)
     same(network, plans[len(plans) // 2], EXACT_LEVERS[name], local, Sequences(18, 12), slice_tokens=24)
 
@@ -154,14 +154,14 @@ LOCALS = {
 @pytest.mark.parametrize("local", LOCALS.values(), ids=list(LOCALS))
 def test_exact_levers_leave_every_optimizer_as_it_is(local: Local, lever: Levers) -> None:
     """Sequences longer than a slice; batches that micro-batches do not divide; epochs that end with a smaller batch."""
-    plan = list(Caff().plans(LAYOUT, TURN))[1]
+    plan = list(Caff().plans(SPEC, TURN, {}))[1]
     same(SPEC, plan, lever, local, Sequences(10, 17), slice_tokens=8)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_all_levers_at_once_leave_every_plan_as_it_is(variant: str) -> None:
     network = VARIANTS[variant].adapt(SPEC)
-    for plan in VARIANTS[variant].plans(model.layout(network), TURN):
+    for plan in VARIANTS[variant].plans(network, TURN, {}):
         for lever, slice_tokens in ((EXACT_LEVERS["all, micro 3"], 24), (ALL_EXACT, 256)):
             local = replace(LOCALS["momentum, clipped"], steps=2)
             same(network, plan, lever, local, Sequences(18, 12), slice_tokens)
@@ -177,7 +177,7 @@ def test_exact_levers_train_cut_networks_alike(lever: Levers) -> None:
         "h.1.heads": Keep(1, start=1),
         "h.2.ffn": Keep(20),
     }
-    plan = replace(list(Caff().plans(LAYOUT, TURN))[1], keep={Axis(axis): keep for axis, keep in cut.items()})
+    plan = replace(list(Caff().plans(SPEC, TURN, {}))[1], keep={Axis(axis): keep for axis, keep in cut.items()})
     same(SPEC, plan, lever, replace(LOCALS["sgd"], steps=2), Sequences(10, 17), slice_tokens=34)
 
 
@@ -187,7 +187,7 @@ def only(*prefixes: str) -> Plan:
     return Plan(names, frozenset(name for name in names if name.startswith(prefixes)), label=" ".join(prefixes))
 
 
-GRADIENT_PLANS = {plan.label: plan for plan in Caff().plans(LAYOUT, TURN)} | {
+GRADIENT_PLANS = {plan.label: plan for plan in Caff().plans(SPEC, TURN, {})} | {
     plan.label: plan
     for plan in (
         only("h.1."),
@@ -250,6 +250,11 @@ def test_a_job_on_disk_trains_as_one_in_memory(lever: Levers, tmp_path: Any) -> 
     assert bits(dict(Flash(path))) == bits(PARAMS)
 
 
+def chunked_loss(x: Tensor, weight: Any, targets: Tensor) -> Tensor:
+    """Of one head that learns from the targets alone."""
+    return TORCH.head_loss([x], [weight], targets, ops.Mix.plain(1), None, chunked=True)
+
+
 def reference(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and both gradients in double precision."""
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
@@ -297,7 +302,7 @@ def test_the_chunked_loss_is_the_loss(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_CHUNK_ELEMENTS", chunk)
         patch.setattr(ops, "_CHUNK_TOKENS", chunk % 5 + 1)
-        got = TORCH.linear_cross_entropy(x, weight, targets)
+        got = chunked_loss(x, weight, targets)
         (got * upstream).backward()  # type: ignore[no-untyped-call]
     # Logits are off by their rounding, probabilities by as much of themselves, and a gradient is a sum of p - 1 or p.
     off = 3e-7 * (1 + float((x @ weight.T).detach().abs().max()))
@@ -321,7 +326,7 @@ def test_the_chunked_loss_of_a_packed_head_is_that_of_the_unpacked_one(
     monkeypatch.setattr(ops, "_CHUNK_TOKENS", 1)
     x = torch.randn(3, 5, 6, generator=rng).requires_grad_()
     targets = torch.randint(17, (3, 5), generator=rng)
-    got = TORCH.linear_cross_entropy(x, head, targets)  # type: ignore[arg-type]
+    got = chunked_loss(x, head, targets)
     got.backward()  # type: ignore[no-untyped-call]
     loss, of_x, _ = reference(x.detach(), head.unpack(), targets)
     assert got.item() == pytest.approx(loss.item(), rel=1e-6)
@@ -332,7 +337,7 @@ def test_the_chunked_loss_of_huge_logits_is_finite() -> None:
     x = torch.tensor([[[3e4, 0.0], [-3e4, 0.0]]], requires_grad=True)
     weight = torch.tensor([[3e4, 0.0], [-3e4, 1.0], [0.0, 0.0]], requires_grad=True)
     targets = torch.tensor([[1, 1]])
-    got = TORCH.linear_cross_entropy(x, weight, targets)
+    got = chunked_loss(x, weight, targets)
     got.backward()  # type: ignore[no-untyped-call]
     loss, of_x, of_weight = reference(x.detach(), weight.detach(), targets)
     assert got.item() == pytest.approx(loss.item(), rel=1e-6)
@@ -358,7 +363,7 @@ def test_the_chunked_loss_keeps_its_gradients_and_no_logits() -> None:
 
     x, weight = torch.randn(4, 50, 3).requires_grad_(), torch.randn(400, 3).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda each: each):
-        TORCH.linear_cross_entropy(x, weight, torch.zeros(4, 50, dtype=torch.int64))
+        chunked_loss(x, weight, torch.zeros(4, 50, dtype=torch.int64))
     assert sorted(kept) == [(200, 3), (400, 3)]
 
 
@@ -404,7 +409,7 @@ def test_the_price_of_a_lever_is_what_is_measured(name: str) -> None:
     for i, method in enumerate(MIXED[turn % 2 :: 2] if name in HALF else MIXED):
         network, batch, tokens = list(SHAPES.values())[(i + turn) % len(SHAPES)]
         network = method.adapt(network)
-        plans = list(method.plans(model.layout(network), TURN))
+        plans = list(method.plans(network, TURN, {}))
         plan = replace(plans[(i + turn // 3) % len(plans)], levers=PRICED[name])
         local = Local(lr=0.1, batch_size=batch, steps=2, clip=float(i % 2))
         predicted = cost(network, plan, local, tokens, 2).memory
@@ -419,7 +424,7 @@ def test_the_price_of_a_lever_is_what_is_measured(name: str) -> None:
 def test_the_prefix_is_priced_over_all_examples_of_a_round(batch: int, steps: int, tokens: int, name: str) -> None:
     """It takes as many at a time as fit a slice, however small a batch is, and there the peak may be."""
     network, local = replace(SHAPES["wide"][0], embed=24, head_dim=8), Local(batch_size=batch, steps=steps)
-    plan = replace(list(Caff().plans(model.layout(network), TURN))[-1], levers=PRICED[name])
+    plan = replace(list(Caff().plans(network, TURN, {}))[-1], levers=PRICED[name])
     measured, moment = measure.watch(network, plan, local, tokens).peak()
     predicted = cost(network, plan, local, tokens, steps)
     assert predicted.memory_bytes == pytest.approx(sum(measured.values()), rel=0.005)
@@ -444,7 +449,7 @@ def test_a_loss_in_many_chunks_is_in_the_price(method: Method, lever: str, monke
     monkeypatch.setattr(packed, "SLAB_ROWS", 500)
     monkeypatch.setattr(ledger, "SLAB_ROWS", 500)
     network, local = replace(SHAPES["wordy"][0], embed=16, head_dim=8), Local(lr=0.123, batch_size=5, steps=2)
-    plan = replace(list(method.plans(model.layout(network), TURN))[-1], levers=PRICED[lever])
+    plan = replace(list(method.plans(network, TURN, {}))[-1], levers=PRICED[lever])
     measured = sum(measure.watch(network, plan, local, 57).peak()[0].values())
     assert 0.998 * measured < cost(network, plan, local, 57, 2).memory_bytes < 1.01 * measured
 
@@ -453,7 +458,7 @@ def test_a_loss_in_many_chunks_is_in_the_price(method: Method, lever: str, monke
 def test_gradients_that_add_up_are_in_the_price(micro_batch: int) -> None:
     """Where weights are all that counts: a part of a gradient beside the sum, which stays where it is."""
     network, local = SHAPES["wide"][0], Local(optimizer="sgd", batch_size=3, steps=2)
-    plan = replace(next(Caff().plans(model.layout(network), TURN)), levers=Levers(micro_batch=micro_batch))
+    plan = replace(next(Caff().plans(network, TURN, {})), levers=Levers(micro_batch=micro_batch))
     measured = sum(measure.watch(network, plan, local, 2).peak()[0].values())
     assert cost(network, plan, local, 2, 2).memory_bytes == pytest.approx(measured, rel=0.002)
 
@@ -478,7 +483,7 @@ SITUATIONS: dict[str, tuple[Spec, int, Levers, Local, int]] = {  # network, bloc
 @pytest.mark.parametrize("rung", LADDER, ids=NAMES)
 def test_each_lever_saves_where_it_should(rung: levers.Rung) -> None:
     network, trained, others, local, tokens = SITUATIONS[rung.name]
-    plan = replace(list(Caff().plans(model.layout(network), TURN))[-trained], levers=others)
+    plan = replace(list(Caff().plans(network, TURN, {}))[-trained], levers=others)
     before = cost(network, plan, local, tokens, local.steps)
     after = cost(network, replace(plan, levers=replace(others, **rung.sets)), local, tokens, local.steps)
     assert after.memory_bytes < 0.9 * before.memory_bytes
@@ -491,14 +496,14 @@ def test_recomputing_keeps_the_inputs_of_blocks_alone(trained: int, batch: int, 
 
     A few are one where sequences are long.
     """
-    plan = list(Caff().plans(model.layout(BIG), TURN))[-trained]
+    plan = list(Caff().plans(BIG, TURN, {}))[-trained]
     plan = replace(plan, levers=Levers(chunked_loss=True, recompute=True))
     one, two = (cost(BIG, plan, Local(batch_size=size, steps=2), tokens, 2).memory_bytes for size in (batch, 2 * batch))
     assert trained < (two - one) / (4 * batch * tokens * BIG.embed) < trained + 6
 
 
 def flops(lever: Levers, local: Local, steps: int, network: Spec = SPEC, trained: int = 2, tokens: int = 12) -> int:
-    plan = list(Caff().plans(model.layout(network), TURN))[-trained]
+    plan = list(Caff().plans(network, TURN, {}))[-trained]
     return cost(network, replace(plan, levers=lever), local, tokens, steps).flops
 
 
@@ -551,7 +556,7 @@ def test_no_gradient_is_computed_that_nothing_needs(plan: Plan) -> None:
 def test_of_a_cached_prefix_one_block_at_a_time_is_in_memory(trained: int, place: Any) -> None:
     network, batch, tokens = SHAPES["wide"]
     layout = model.layout(network)
-    plan = replace(list(Caff().plans(layout, TURN))[-trained], levers=Levers(prefix_cache=place))
+    plan = replace(list(Caff().plans(network, TURN, {}))[-trained], levers=Levers(prefix_cache=place))
     local = Local(batch_size=batch, steps=2)
     timeline = measure.watch(network, plan, local, tokens)
     above = {name for name in plan.holds if name not in plan.below(layout)}
@@ -732,7 +737,7 @@ LEARNER = Spec(2, embed=32, heads=2, head_dim=16, ffn=128, vocab=128, positions=
 @cache
 def learnt(lever: Levers, optimizer: Any = "adamw") -> list[float]:
     """Loss of each step of a round that goes from nothing to nearly everything."""
-    plan = replace(list(Caff().plans(model.layout(LEARNER), TURN))[-1], levers=lever)
+    plan = replace(list(Caff().plans(LEARNER, TURN, {}))[-1], levers=lever)
     local = Local(lr=1e-2, optimizer=optimizer, batch_size=8, steps=60)
     return run(LEARNER, plan, local, Counted(64, 12, LEARNER.vocab), weights(LEARNER))[0]
 
@@ -776,7 +781,7 @@ def test_the_optimizer_lever_takes_the_place_of_adamw_alone() -> None:
     assert learnt(Levers(optimizer="adafactor")) == learnt(Levers(), "adafactor")
     assert learnt(Levers(optimizer="adamw8")) == learnt(Levers(), "adamw8")
     assert learnt(Levers(optimizer="adafactor"), "sgd") == learnt(Levers(), "sgd")
-    plan, asked = next(Caff().plans(model.layout(LEARNER), TURN)), Local(batch_size=8, steps=2)
+    plan, asked = next(Caff().plans(LEARNER, TURN, {})), Local(batch_size=8, steps=2)
     for lever, instead in (
         (Levers(optimizer="adafactor"), replace(asked, optimizer="adafactor")),
         (Levers(optimizer="adamw8"), replace(asked, optimizer="adamw8")),

@@ -34,7 +34,7 @@ KIB, TOKENS = 1024, 64
 def plan_of(method: Method, spec: Spec, trained: int, levers: Levers) -> tuple[Spec, Plan]:
     adapted = method.adapt(spec)
     layout = model.layout(adapted)
-    plans = {plan.trained_blocks(layout): plan for plan in method.plans(layout, TURN)}
+    plans = {plan.trained_blocks(layout): plan for plan in method.plans(adapted, TURN, {})}
     return adapted, replace(plans[trained], levers=levers)
 
 

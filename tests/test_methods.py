@@ -40,7 +40,7 @@ from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
 from lamina.model import Spec
 from lamina.plan import Plan, Vote, merge, narrow
-from lamina.server import State
+from lamina.state import State
 
 every_method = pytest.mark.parametrize("method", VARIANTS.values(), ids=list(VARIANTS))
 
@@ -66,7 +66,7 @@ def cheapest(method: Method) -> int:
 def plans_of(method: Method) -> tuple[Spec, Layout, list[Plan]]:
     """tiny-3 with what the method adds, its layout, and the plans of the method on it."""
     adapted = method.adapt(spec(3))
-    return adapted, model.layout(adapted), list(method.plans(model.layout(adapted), TURN))
+    return adapted, model.layout(adapted), list(method.plans(adapted, TURN, {}))
 
 
 def rounds(table: Table, folder: Path, count: int = 2) -> State:

@@ -265,7 +265,7 @@ def long_spec(blocks: int) -> Spec:
 
 
 def long_plans(method: Method = CAFF, blocks: int = 3) -> list[Plan]:
-    return list(method.plans(model.layout(method.adapt(long_spec(blocks))), TURN))
+    return list(method.plans(method.adapt(long_spec(blocks)), TURN, {}))
 
 
 @cache
@@ -421,7 +421,7 @@ def wide_plans() -> list[tuple[Plan, Spec]]:
     found = []
     for method in (CAFF, LORA):
         adapted = method.adapt(wide)
-        found += [(plan, adapted) for plan in method.plans(model.layout(adapted), TURN)]
+        found += [(plan, adapted) for plan in method.plans(adapted, TURN, {})]
     return found
 
 

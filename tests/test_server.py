@@ -19,7 +19,8 @@ from lamina.levers import Levers
 from lamina.methods.blocks import Caff
 from lamina.plan import Vote, merge
 from lamina.run import Run
-from lamina.server import DeviceRow, State, draw_cohort, play_round
+from lamina.server import DeviceRow, draw_cohort, play_round
+from lamina.state import State
 
 STRONG, WEAK = 0, 1
 HEAD = "head.weight"
@@ -136,7 +137,7 @@ def test_a_round_is_the_merge_of_what_its_devices_trained(
     assert (state.round, state.changed, state.seen) == (
         1,
         dict.fromkeys(state.params, 1),
-        {row.device: 0 for row in rows},
+        {row.device: dict.fromkeys(state.params, 0) for row in rows},
     )
     for row in rows:
         price = prices(Caff(), 3)[row.trained_blocks]
@@ -477,7 +478,7 @@ def test_a_class_is_planned_for_its_longest_shard_and_pays_for_its_own(world: Ta
     """With one pass over the data the plan shown is the plan run, and no device is over its operations."""
     local = Local(lr=0.02, batch_size=4)
     adapted, caff = spec(3), Caff()
-    plans = list(caff.plans(model.layout(adapted), TURN))
+    plans = list(caff.plans(adapted, TURN, {}))
     budget = cost(adapted, plans[-1], local, WINDOW, 8).flops
     table = world | {"local": {"lr": 0.02, "batch_size": 4}, "fleet": [{"name": "all", "flops": budget}], "cohort": 6}
     run = begin(table, tmp_path)

@@ -69,7 +69,7 @@ def read_spec(folder: Path) -> Spec:
             positions=int(config["n_positions"]),
             norm_eps=float(config["layer_norm_epsilon"]),
         )
-        if embed % heads or not all(size > 0 and math.isfinite(size) for size in astuple(spec)[:-1]):
+        if embed % heads or not all(size > 0 and math.isfinite(size) for size in astuple(spec)[:8]):
             raise ValueError(f"sizes must be positive, and n_embd a multiple of n_head; got {spec}")
         return spec
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:

@@ -6,9 +6,9 @@ this file does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 from lamina import model
 from lamina.data.task import Shard
 from lamina.job import Job, Update
-from lamina.layout import Params
-from lamina.model import Spec
-from lamina.ops import TORCH, Ops
+from lamina.layout import Axis, Layout, Params
+from lamina.methods.base import Objective
+from lamina.model import Output, Spec
+from lamina.ops import TORCH, Mix, Ops
 
 _SLICE_TOKENS = 256
 """Tokens that run through a block at a time where nothing else asks for more: as few as keep the kernels busy."""
@@ -41,6 +42,7 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
     Returns:
         New values of the tensors in `job.plan.trains`. They may be non-finite; the server decides what to make of that.
     """
+    spec = job.plan.runs(spec)
     batches = job.local.batches(job.turn, len(shard))
     layout = model.layout(spec)
     source: _Source = _Plain(shard, ops)
@@ -51,12 +53,16 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
     ops.moment("load")
     resident = job.plan.holds - below
     params = {name: _hold(job, name, ops) for name in layout.params if name in resident}
-    trainer = _Trainer(spec, job, params, bool(below), ops)
+    aside = job.method.remember(job, params, ops)
+    objective = job.method.objective(job)
+    if objective.own_labels:
+        aside["labels"] = ops.labels(shard, spec.vocab)
+    trainer = _Trainer(spec, job, params, aside, objective, bool(below), ops)
     total = 0.0
-    for rows in batches:
-        total += trainer.step(*source.batch(rows))
-    arrays = {name: params[name].detach() for name in job.plan.trains}
-    return Update(job.turn, arrays, len(shard), len(batches), total / len(batches))
+    for step, rows in enumerate(batches):
+        total += trainer.step(step, *source.batch(rows))
+    arrays, state = job.method.finish(job, params, aside, ops)
+    return Update(job.turn, arrays, len(shard), len(batches), total / len(batches), state)
 
 
 def _hold(job: Job, name: str, ops: Ops) -> Tensor:
@@ -135,27 +141,55 @@ _INPUT, _TOP = -1, -2
 class _Group:
     """Trained tensors that are updated together."""
 
-    def __init__(self, params: Sequence[Tensor], job: Job, ops: Ops) -> None:
+    def __init__(self, params: Mapping[str, Tensor], job: Job, aside: Params, ops: Ops) -> None:
         local = job.local
-        self._params, self._clip, self._ops = params, local.clip, ops
+        self._params, self._job, self._aside, self._ops = params, job, aside, ops
         kind = job.plan.levers.optimizer if local.kind == "adamw" else ""
-        self._optimizer = ops.optimizer(params, local, kind or local.kind, local.round_lr(job.turn))
+        self._optimizer = ops.optimizer(list(params.values()), local, kind or local.kind, local.round_lr(job.turn))
+
+    def complete(self) -> None:
+        """Add to the gradient of the loss that of the method's penalties."""
+        self._ops.moment("update")
+        self._job.method.pull(self._job, self._params, self._aside, self._ops)
 
     def norm(self) -> Tensor:
         """Of the gradient."""
-        return self._ops.norm_of([p.grad for p in self._params if p.grad is not None])
+        return self._ops.norm_of([p.grad for p in self._params.values() if p.grad is not None])
 
     def update(self, norm: Tensor | None = None) -> None:
         """Move along the gradient, clipped as if the whole one had this norm, by default its own, and drop it."""
-        self._ops.moment("update")
-        if self._clip:
-            self._ops.clip(self._params, self._clip, self.norm() if norm is None else norm)
+        if self._job.local.clip:
+            params = list(self._params.values())
+            self._ops.clip(params, self._job.local.clip, self.norm() if norm is None else norm)
         self._optimizer.step()
         self.forget()
 
     def forget(self) -> None:
         """Drop the gradient."""
         self._optimizer.zero_grad()
+
+
+class _Cut(Mapping[str, Tensor]):
+    """The leading units of some axes of a network's tensors, as views."""
+
+    def __init__(self, params: Params, layout: Layout, units: Mapping[Axis, int], ops: Ops) -> None:
+        self._params, self._layout, self._units, self._ops = params, layout, units, ops
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A view on which gradients reach the whole."""
+        whole, axes = self._params[name], self._layout.params[name].axes
+        return self._ops.leading(
+            whole, [self._units.get(axis, size) for axis, size in zip(axes, whole.shape, strict=True)]
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._params
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
 
 
 class _Stage(NamedTuple):
@@ -173,20 +207,29 @@ class _Trainer:
     leaf of its own, and backward goes from stage to stage.
     """
 
-    def __init__(self, spec: Spec, job: Job, params: Params, cached: bool, ops: Ops) -> None:
+    def __init__(
+        self, spec: Spec, job: Job, params: Params, aside: Params, objective: Objective, cached: bool, ops: Ops
+    ) -> None:
         layout, plan = model.layout(spec), job.plan
         self._spec, self._params, self._ops, self._levers, self._clip = spec, params, ops, plan.levers, job.local.clip
-        self._cached = cached
+        self._cached, self._objective, self._labels = cached, objective, aside.get("labels")
         first, blocks = plan.first_trained(layout), model.found_blocks(spec, params)
-        self._frozen, self._upper = [i for i in blocks if i < first], [i for i in blocks if i >= first]
+        self._first, self._exits = first, [i for i in model.found_exits(spec, params) if i >= first - 1]
+        self._frozen = [i for i in blocks if i < first]
+        self._upper = [i for i in blocks if first <= i <= self._exits[-1]]
+        self._narrower = [_Cut(params, layout, units, ops) for units in objective.widths]
+        self._turn = job.turn
         names: dict[int, list[str]] = {}
         for name in (name for name in layout.params if name in plan.trains):
             row = layout.params[name]
-            stage = _INPUT if row.part == "embed" else _TOP if row.block is None else row.block
+            outside = row.block is None or row.part == "exit"
+            stage = _INPUT if row.part == "embed" else _TOP if outside else cast(int, row.block)
             names.setdefault(stage if self._levers.fused_update else _TOP, []).append(name)
-        self._groups = {stage: _Group([params[name] for name in found], job, ops) for stage, found in names.items()}
+        self._groups = {
+            stage: _Group({name: params[name] for name in found}, job, aside, ops) for stage, found in names.items()
+        }
 
-    def step(self, inputs: Tensor, targets_BS: Tensor) -> float:
+    def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
         """One optimizer step on a batch; returns its mean loss."""
         norm: Tensor | None = None
         if self._clip and self._levers.fused_update:
@@ -197,44 +240,91 @@ class _Trainer:
                 norms.append(group.norm())
                 group.forget()
 
-            self._passes(inputs, targets_BS, note)
+            self._passes(number, inputs, targets_BS, note)
             norm = self._ops.norm_of(norms)
-        return self._passes(inputs, targets_BS, lambda group: group.update(norm))
+        return self._passes(number, inputs, targets_BS, lambda group: group.update(norm))
 
-    def _passes(self, inputs: Tensor, targets_BS: Tensor, finish: Callable[[_Group], None]) -> float:
-        """Gradients of a batch, in as many passes as the levers say; `finish` gets each group once it has its own."""
+    def _passes(self, number: int, inputs: Tensor, targets_BS: Tensor, finish: Callable[[_Group], None]) -> float:
+        """Gradients of a batch, in as many passes as it takes; `finish` gets each group once it has its own."""
         total, count = 0.0, len(targets_BS)
         for rows in self._ops.slices(count, self._levers.micro_batch or count):
-            stages, loss = self._forward(inputs[rows], targets_BS[rows])
             share = (rows.stop - rows.start) / count
-            self._backward(stages, share, finish if self._levers.fused_update and rows.stop == count else None)
-            total += share * loss.item()
-            del loss
+            teacher: Output | None = None
+            for params, more in self._networks(number):
+                stages, loss, output = self._forward(params, inputs[rows], targets_BS[rows], teacher)
+                fused = self._levers.fused_update and rows.stop == count and not more
+                self._backward(params, stages, share, finish if fused else None)
+                total += share * loss.item() if teacher is None else 0.0
+                teacher = output if more else None
+                del stages, loss, output
         if not self._levers.fused_update:
+            self._groups[_TOP].complete()
             finish(self._groups[_TOP])
         return total
 
-    def _forward(self, inputs: Tensor, targets_BS: Tensor) -> tuple[list[_Stage], Tensor]:
-        """The stages of a pass, lowest first, and its mean loss, without a graph."""
-        x_BSD, levers = self._bottom(inputs), self._levers
-        self._ops.moment("forward")
-        stages = []
-        if levers.recompute or levers.fused_update:
-            if x_BSD.requires_grad:
-                stages.append(_Stage(_INPUT, None, x_BSD))
-            for block in self._upper:
-                leaf = x_BSD.detach().requires_grad_(bool(stages))
-                x_BSD = self._run_slices(leaf, block) if levers.recompute else self._run(leaf, [block])
-                stages.append(_Stage(block, leaf, None if levers.recompute else x_BSD))
-            leaf = x_BSD = x_BSD.detach().requires_grad_(bool(stages))
-        else:
-            leaf, x_BSD = None, self._run(x_BSD, self._upper)
-        self._ops.moment("loss")
-        loss = model.loss(self._spec, self._params, x_BSD, targets_BS, levers.chunked_loss, self._ops)
-        stages.append(_Stage(_TOP, leaf, loss))
-        return stages, loss.detach()
+    def _networks(self, number: int) -> Iterator[tuple[Mapping[str, Tensor], bool]]:
+        """The networks that pass in a step, each with whether more follow."""
+        if not self._narrower:
+            yield self._params, False
+            return
+        if self._objective.distill:
+            yield self._params, True
+        drawn = int(self._turn.rng(f"width/{number}").integers(len(self._narrower)))
+        yield from self._ops.drawn(self._narrower, drawn)
 
-    def _backward(self, stages: list[_Stage], share: float, finish: Callable[[_Group], None] | None) -> None:
+    def _forward(
+        self, params: Mapping[str, Tensor], inputs: Tensor, targets_BS: Tensor, teacher: Output | None
+    ) -> tuple[list[_Stage], Tensor, Output | None]:
+        """The stages of a pass, lowest first, its mean loss, and the output that is to teach, both without a graph."""
+        x_BSD, levers = self._bottom(params, inputs), self._levers
+        self._ops.moment("forward")
+        stages: list[_Stage] = []
+        staged = levers.recompute or levers.fused_update
+        outputs: list[Output] = []
+        if staged and x_BSD.requires_grad:
+            stages.append(_Stage(_INPUT, None, x_BSD))
+
+        def cut() -> Tensor:
+            """Where one stage ends and those above it begin: blocks and exits share the leaf, and so its gradient."""
+            return x_BSD.detach().requires_grad_(bool(stages)) if staged else x_BSD
+
+        x_BSD = cut()
+        if self._first - 1 in self._exits:
+            outputs.append(Output(x_BSD, self._first - 1, params))
+        for block in self._upper:
+            leaf = x_BSD
+            run = self._run_slices if levers.recompute else self._run
+            x_BSD = run(params, leaf, block)
+            if staged:
+                stages.append(_Stage(block, leaf, None if levers.recompute else x_BSD))
+            x_BSD = cut()
+            if block in self._exits:
+                outputs.append(Output(x_BSD, block, params))
+        if self._spec.blocks in self._exits:
+            outputs.append(Output(x_BSD, self._spec.blocks, params))
+        self._ops.moment("loss")
+        loss = self._loss(outputs, targets_BS, teacher)
+        stages.append(_Stage(_TOP, x_BSD if staged else None, loss))
+        if not self._objective.distill:
+            return stages, loss.detach(), None  # nothing may live longer than backward needs it
+        return stages, loss.detach(), replace(outputs[-1], x_BSD=outputs[-1].x_BSD.detach(), fixed=True)
+
+    def _loss(self, outputs: list[Output], targets_BS: Tensor, teacher: Output | None) -> Tensor:
+        count, mutual, mix = len(outputs), self._objective.mutual, None
+        if teacher:
+            outputs, mix = [outputs[-1], teacher], Mix((0.0, 0.0), ((0.0, 1.0), (0.0, 0.0)))
+        elif count > 1:
+            others = mutual / (count - 1)
+            mix = Mix((1.0,) * count, tuple(tuple(others * (i != j) for j in range(count)) for i in range(count)))
+        return model.loss(self._spec, outputs, targets_BS, mix, self._labels, self._levers.chunked_loss, self._ops)
+
+    def _backward(
+        self,
+        params: Mapping[str, Tensor],
+        stages: list[_Stage],
+        share: float,
+        finish: Callable[[_Group], None] | None,
+    ) -> None:
         """Add `share` of the gradient of the stages' loss, stage by stage from the top."""
         gradient = None if share == 1 else self._ops.tensor(np.array(share, dtype=np.float32))
         while stages:
@@ -245,39 +335,43 @@ class _Trainer:
                 gradient = None if leaf is None else leaf.grad
             else:
                 assert leaf is not None and gradient is not None
-                self._rerun(leaf, block, gradient)
+                self._rerun(params, leaf, block, gradient)
+                if leaf.grad is not None:
+                    gradient.add_(leaf.grad)
             del leaf, out
             if finish and block in self._groups:
+                self._groups[block].complete()
                 finish(self._groups[block])
 
-    def _rerun(self, x_BSD: Tensor, block: int, gradient_BSD: Tensor) -> None:
+    def _rerun(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int, gradient_BSD: Tensor) -> None:
         """Backward of a block from its input; the gradient is turned from that of its output into that of its input."""
         for rows in self._few(x_BSD):
             leaf = x_BSD[rows].detach().requires_grad_(x_BSD.requires_grad)
-            self._run(leaf, [block]).backward(gradient_BSD[rows])  # type: ignore[no-untyped-call]
+            self._run(params, leaf, block).backward(gradient_BSD[rows])  # type: ignore[no-untyped-call]
             if leaf.grad is not None:
                 gradient_BSD[rows] = leaf.grad
 
-    def _bottom(self, inputs: Tensor) -> Tensor:
+    def _bottom(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """What the lowest trained block sees, BSD; with a graph only if the embedding trains."""
         if self._cached:
             return inputs
         self._ops.moment("prefix" if self._frozen else "forward")
-        x_BSD = model.embed(self._spec, self._params, inputs, self._ops)
+        x_BSD = model.embed(self._spec, params, inputs, self._ops)
         with torch.no_grad():
             for block in self._frozen:
-                x_BSD = self._run_slices(x_BSD, block) if self._levers.recompute else self._run(x_BSD, [block])
+                run = self._run_slices if self._levers.recompute else self._run
+                x_BSD = run(params, x_BSD, block)
         return x_BSD
 
-    def _run(self, x_BSD: Tensor, blocks: Sequence[int]) -> Tensor:
-        return model.run_blocks(self._spec, self._params, x_BSD, blocks, self._ops)
+    def _run(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int) -> Tensor:
+        return model.run_blocks(self._spec, params, x_BSD, [block], self._ops)
 
     @torch.no_grad()
-    def _run_slices(self, x_BSD: Tensor, block: int) -> Tensor:
+    def _run_slices(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int) -> Tensor:
         """A block on a few sequences at a time, without a graph."""
         out_BSD = self._ops.empty_like(x_BSD)
         for rows in self._few(x_BSD):
-            out_BSD[rows] = self._run(x_BSD[rows], [block])
+            out_BSD[rows] = self._run(params, x_BSD[rows], block)
         return out_BSD
 
     def _few(self, x_BSD: Tensor) -> Iterator[slice]:

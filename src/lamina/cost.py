@@ -20,9 +20,12 @@ import torch
 from lamina import client, model
 from lamina.job import Job, Local, Turn
 from lamina.ledger import Blank, Held, Ledger
+from lamina.methods.base import Method
 from lamina.model import Spec
 from lamina.plan import Plan
 from lamina.shapes import FLOAT_BYTES
+
+_PLAIN = Method()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Cost:
         memory: At the peak, by category, in bytes.
         moment: When the peak is: "prefix", "load", "forward", "loss", "backward" or "update".
         saved_bytes: Kept for the backward pass of a step, all together.
-        up_bytes: What the device sends: the trained tensors, fp32, nothing else.
+        up_bytes: What the device sends: by default the trained tensors, fp32, and nothing else.
         down_bytes: What it must have received: all it holds. A device that took part before needs only what changed.
         flops: Operations of all local steps.
     """
@@ -92,7 +95,7 @@ def peak_json(memory: Memory, moment: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
+def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int, method: Method = _PLAIN) -> Cost:
     """Price of one local round.
 
     Args:
@@ -101,16 +104,20 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
         local: Batch size and optimizer.
         tokens: Sequence length.
         steps: Optimizer steps in the round, at least one.
+        method: Whose rules the device follows while it trains.
 
     Returns:
         The price, from shapes alone. With `local.steps`, a cached prefix is priced as if no example came twice.
     """
+    sent = method.sends(spec, plan, steps)
+    spec = plan.runs(spec)
     epochs = 1 if local.steps else local.epochs
     examples = max(local.batch_size, -(-steps * local.batch_size // epochs))
     ledger = Ledger(examples, warm=steps > 1)  # one step stands for all: none takes more than the second
     layout = model.layout(spec)
-    held = Held(ledger, layout, plan)
-    job = Job(Turn(0, 0, 1), plan, replace(local, steps=1), held)
+    held = Held(ledger, layout, plan, plan.holds)
+    state = Held(ledger, layout, plan, method.kept(spec, plan))
+    job = Job(Turn(0, 0, 1), plan, replace(local, steps=1), held, method, state)
     shard = Blank(local.batch_size, tokens, spec.vocab)
     with torch.enable_grad():
         client.train(job, shard, spec, ledger)
@@ -120,7 +127,7 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int) -> Cost:
         Memory(**peak),
         moment,
         ledger.saved_bytes,
-        FLOAT_BYTES * sum(math.prod(held.shape(name)) for name in plan.trains),
+        sum(math.prod(shape) * dtype.itemsize for shape, dtype in sent.values()),
         FLOAT_BYTES * sum(math.prod(held.shape(name)) for name in plan.holds),
-        once + steps * ledger.flops.total(),
+        round(once + steps * sum(ledger.flops.values())),
     )

@@ -25,6 +25,7 @@ from lamina import files
 from lamina.data.task import Shard
 from lamina.errors import UserError
 from lamina.job import Failure, Job, Update
+from lamina.methods import to_table
 from lamina.model import Spec
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -122,9 +123,11 @@ def _write(folder: Path, job: Job, shard: Shard, spec: Spec, limit_bytes: int | 
     ids, targets = shard.batch(np.arange(len(shard)))
     np.save(folder / "ids.npy", ids)
     np.save(folder / "targets.npy", targets)
-    save_file({name: array.contiguous() for name, array in job.arrays.items()}, folder / "arrays.safetensors")
+    for kind, arrays in (("arrays", job.arrays), ("state", job.state)):
+        save_file({name: array.contiguous() for name, array in arrays.items()}, folder / f"{kind}.safetensors")
     request = {
         "spec": asdict(spec),
+        "method": to_table(job.method),
         "turn": asdict(job.turn),
         "plan": job.plan.to_json(),
         "local": asdict(job.local),
@@ -138,5 +141,6 @@ def _read(folder: Path, job: Job) -> Outcome:
     answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     if answer["reason"]:
         return Outcome(Failure(job.turn, answer["reason"]), answer["rss_bytes"])
-    update = Update(job.turn, load_file(folder / "update.safetensors"), **answer["update"])
+    arrays, state = (load_file(folder / f"{kind}.safetensors") for kind in ("update", "state"))
+    update = Update(job.turn, arrays, **answer["update"], state=state)
     return Outcome(update, answer["rss_bytes"], answer["watched"], answer["allocator_bytes"])

@@ -11,8 +11,9 @@ from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.data.text import ALPHABET
 from lamina.errors import UserError
-from lamina.fleet import assign
-from lamina.planner import Candidate, Group, assess, choose_network
+from lamina.fleet import Budget, assign
+from lamina.plan import Plan
+from lamina.planner import Candidate, Fleet, Group, assess, choose_network, fit
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Outlook:
     chosen: Candidate
     folder: Path
     steps: int
+
+    def fleet(self, experiment: Experiment) -> Fleet:
+        """What the method may know of the devices."""
+
+        def fits(group: int, plan: Plan) -> bool:
+            limit = Budget() if experiment.method.on_infeasible == "ignore" else self.groups[group].budget
+            work = (experiment.local, experiment.task.window, self.steps, experiment.levers, experiment.method)
+            return not fit(self.chosen.spec, plan, limit, *work).exceeded
+
+        return Fleet(self.class_of, tuple(choice.plan for choice in self.chosen.choices), fits)
 
     def network_json(self) -> dict[str, Any]:
         """The chosen network and the score table."""
@@ -76,9 +87,9 @@ def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, 
 
     spec, tokens = outlook.chosen.spec, experiment.task.window
     plans = [choice.plan for choice in outlook.chosen.choices]
-    devices, work = Devices(), (experiment.local, tokens, outlook.steps)
+    devices, work = Devices(), (experiment.local, tokens, outlook.steps, experiment.method)
     try:
-        return [measure(spec, plan, *work, devices).to_json() if plan else None for plan in plans]
+        return [measure(spec, plan, *work, devices=devices).to_json() if plan else None for plan in plans]
     finally:
         devices.close()
 
@@ -101,7 +112,8 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
     steps = experiment.local.steps
     if not steps:
         steps = max(experiment.local.round_steps(len(shard)) for shard in (task or load_task(experiment)).train)
-    local, tokens = experiment.local, experiment.task.window
+    tokens = experiment.task.window
+    work = (experiment.local, tokens, steps, experiment.levers, experiment.rounds)
     candidates = []
     folders = [networks.find(name) for name in experiment.networks]
     for name, folder in zip(experiment.networks, folders, strict=True):
@@ -113,6 +125,6 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
             )
         if checkpoint.read_alphabet(folder) not in (None, ALPHABET):
             raise UserError(f"network {name} was trained on another alphabet than the task's")
-        candidates.append(assess(experiment.method, folder.name, spec, groups, local, tokens, steps, experiment.levers))
-    chosen = choose_network(experiment.method, candidates, groups, local, tokens, steps, experiment.levers)
+        candidates.append(assess(experiment.method, folder.name, spec, groups, *work))
+    chosen = choose_network(experiment.method, candidates, groups, *work)
     return Outlook(class_of, groups, tuple(candidates), chosen, folders[candidates.index(chosen)], steps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from lamina import model
 from lamina.config import Experiment
 from lamina.cost import cost
 from lamina.errors import UserError, nearest
@@ -13,6 +12,7 @@ from lamina.experiment import Outlook
 from lamina.fleet import Budget
 from lamina.job import Local, Turn
 from lamina.levers import Allowed, Levers, rungs
+from lamina.methods import Method
 from lamina.model import Spec
 from lamina.planner import Fitted, choose_plan, fit
 
@@ -32,14 +32,15 @@ def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, An
     group, choice, spec = outlook.groups[index], outlook.chosen.choices[index], outlook.chosen.spec
     work = (experiment.local, experiment.task.window, outlook.steps)
     limit = Budget() if experiment.method.on_infeasible == "ignore" else group.budget
-    plans = list(experiment.method.plans(model.layout(spec), Turn(experiment.seed, 0, experiment.rounds)))
-    fitted = [fit(spec, plan, limit, *work, experiment.levers) for plan in plans]
-    taken = next((i for i, each in enumerate(fitted) if not each.exceeded), None)
+    method = experiment.method
+    turn = Turn(0, method.peak_round(experiment.rounds), experiment.rounds)
+    fitted = [fit(spec, plan, limit, *work, experiment.levers, method) for plan in method.plans(spec, turn, {})]
+    taken = next((i for i, each in enumerate(fitted) if each.plan == choice.plan), None)
     shown = fitted[-1 if taken is None else taken]
     others = {}
     wider: tuple[Allowed, ...] = ("exact", "all")
     for allowed in wider[wider.index(experiment.levers) + 1 :] if experiment.levers in wider else wider:
-        found = choose_plan(experiment.method, spec, group.budget, *work, Turn(0, 0, 1), allowed).plan
+        found = choose_plan(method, spec, group.budget, *work, turn, allowed).plan
         if found:
             others[str(allowed)] = {"plan": found.label, "levers": found.levers.names()}
     return {
@@ -53,7 +54,7 @@ def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, An
         "allowed": [rung.name for rung in rungs(experiment.levers)],
         "binding": list(choice.binding),
         "predicted": shown.cost.to_json(),
-        "waterfall": _waterfall(spec, shown, work),
+        "waterfall": _waterfall(spec, shown, work, method),
         "missing": _missing(shown, limit),
         "richer": _neighbour(fitted[taken - 1], limit) if taken else None,
         "cheaper": _neighbour(fitted[taken + 1], limit) if taken is not None and taken + 1 < len(fitted) else None,
@@ -61,13 +62,16 @@ def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, An
     }
 
 
-def _waterfall(spec: Spec, fitted: Fitted, work: tuple[Local, int, int]) -> list[dict[str, Any]]:
+def _waterfall(spec: Spec, fitted: Fitted, work: tuple[Local, int, int], method: Method) -> list[dict[str, Any]]:
     """The price without levers, then with one more of the plan's at a time."""
     rows, on = [("no levers", Levers())], Levers()
     for name, values in fitted.plan.levers.parts():
         on = replace(on, **values)
         rows.append((f"+ {name}", on))
-    return [{"step": text, **cost(spec, replace(fitted.plan, levers=levers), *work).to_json()} for text, levers in rows]
+    return [
+        {"step": text, **cost(spec, replace(fitted.plan, levers=levers), *work, method).to_json()}
+        for text, levers in rows
+    ]
 
 
 def _neighbour(fitted: Fitted, limit: Budget) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +14,15 @@ from lamina.layout import Params
 from lamina.optim import Kind
 from lamina.plan import Plan
 from lamina.turn import generator
+
+if TYPE_CHECKING:
+    from lamina.methods.base import Method
+
+
+def _plain() -> Method:
+    from lamina.methods.base import Method
+
+    return Method()
 
 
 @dataclass(frozen=True)
@@ -121,12 +130,16 @@ class Job:
         local: How.
         arrays: The held tensors, at the shapes of the plan: in memory, or on the device's disk (`lamina.flash`). They
             are the device's own: it trains them in place.
+        method: Whose rules the device follows while it trains.
+        state: What the device kept for the method from its last round; empty at first, and for most methods always.
     """
 
     turn: Turn
     plan: Plan
     local: Local
     arrays: Mapping[str, Tensor]
+    method: Method = field(default_factory=_plain)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def owned(self) -> Job:
         """The same job with copies of what the device will change; the frozen tensors stay shared."""
@@ -140,10 +153,11 @@ class Update:
 
     Attributes:
         turn: Of the job.
-        arrays: New values of exactly the tensors the plan trains.
+        arrays: What the device sends: by default new values of exactly the tensors the plan trains.
         examples: Size of the device's shard.
         steps: Optimizer steps taken.
         loss: Mean training loss over the steps, in nats.
+        state: What the device keeps for its next round. It is not sent; a simulation keeps it in its place.
     """
 
     turn: Turn
@@ -151,6 +165,7 @@ class Update:
     examples: int
     steps: int
     loss: float
+    state: Params = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal, NewType
 from torch import Tensor
 
 Axis = NewType("Axis", str)
-Part = Literal["embed", "attn", "ffn", "norm", "head", "lora"]
+Part = Literal["embed", "attn", "ffn", "norm", "head", "lora", "sparse", "adapter", "exit"]
 Params = dict[str, Tensor]
 
 

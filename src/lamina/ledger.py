@@ -7,23 +7,27 @@ down what its real counterpart allocates, keeps and computes.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from fractions import Fraction
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lamina import optim
+from lamina.data.task import Shard
 from lamina.job import Local
 from lamina.layout import Layout
-from lamina.ops import Ops, chunk_tokens
+from lamina.ops import Mix, Ops, chunk_tokens
 from lamina.packed import SLAB_ROWS, packable
 from lamina.plan import Plan
 from lamina.shapes import FLOAT_BYTES, Allocation, Node, Shape
 from lamina.timeline import Timeline
+
+T = TypeVar("T")
 
 
 class Ledger(Ops):
@@ -41,9 +45,9 @@ class Ledger(Ops):
         """Open empty accounts."""
         self.timeline = Timeline()
         self.saved_bytes = 0
-        self.flops: Counter[str] = Counter()
+        self.flops: defaultdict[str, Fraction] = defaultdict(Fraction)
         self.round_examples, self.warm = round_examples, warm
-        self._times = 1
+        self._times = Fraction(1)
 
     def new(self, size_bytes: int, category: str = "temporary") -> Allocation:
         """Allocate."""
@@ -102,18 +106,29 @@ class Ledger(Ops):
         scratch = FLOAT_BYTES * logits_BSV.numel()
         return self._out((1,), [logits_BSV], [log_probs, targets_BS, divisor], scratch)
 
-    def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Keeps the gradients that it finds, which are then the gradients; logits of one chunk meanwhile.
+    def head_loss(
+        self,
+        xs_BSD: Sequence[Tensor],
+        weights_VD: Sequence[Tensor],
+        targets_BS: Tensor,
+        mix: Mix,
+        labels_V: Tensor | None,
+        chunked: bool,
+    ) -> Tensor:
+        """Keeps the gradients that it finds, which are then the gradients; probabilities of one chunk meanwhile.
 
-        Beside the logits there are up to six numbers per token: the target's logit, the largest, the sum, and theirs.
+        Beside them there are up to three numbers per token: the target's logit, the largest, and the sum.
         """
-        self._products(x_BSD, weight_VD)
-        trained = [_shape(each) for each in (x_BSD, weight_VD) if _shape(each).node]
+        for x, weight in zip(xs_BSD, weights_VD, strict=True):
+            self._products(x, weight)
+        trained = [_shape(each) for each in (*xs_BSD, *weights_VD) if _shape(each).node]
         found = [_shape(self.blank(each.shape)) for each in trained]
-        vocabulary, width = weight_VD.shape
-        tokens = x_BSD.numel() // width
-        space = self.blank((chunk_tokens(tokens, vocabulary), vocabulary + 6))
-        slab = self.blank((min(SLAB_ROWS, vocabulary), width)) if _shape(weight_VD).packed else None
+        vocabulary, width = weights_VD[0].shape
+        tokens = targets_BS.numel()
+        size = chunk_tokens(tokens, vocabulary) if chunked else tokens
+        planes = len(xs_BSD) + 2 * any(map(any, mix.soft))
+        space = self.blank((size, planes * vocabulary + 3))
+        slab = self.blank((min(SLAB_ROWS, vocabulary), width)) if _shape(weights_VD[0]).packed else None
         del space, slab
         out = self._out((1,), [], [])
         node = Node(inputs=[(each.node, made.memory) for each, made in zip(trained, found, strict=True) if each.node])
@@ -121,6 +136,49 @@ class Ledger(Ops):
             self._keep(node, cast(list[Tensor], found))
             _shape(out).node = node
         return out
+
+    def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
+        """Keeps its input and the indices; makes the sum of the weights, and a dense gradient, while it runs."""
+        self._products(x, values, weight.numel())
+        whole = self.blank(weight.shape)
+        out = self._out(
+            (*x.shape[:-1], weight.shape[0]), [x, values, bias], [x, indices], scratch=FLOAT_BYTES * weight.numel()
+        )
+        del whole
+        return out
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """In place; the gradient is new."""
+        source = _shape(x)
+        out = Shape(source.shape, source.memory)
+        if source.node and torch.is_grad_enabled():
+            out.node = Node(inputs=[(source.node, FLOAT_BYTES * x.numel())])
+        return cast(Tensor, out)
+
+    def leading(self, p: Tensor, sizes: Sequence[int]) -> Tensor:
+        """A view; its gradient is made whole."""
+        source = _shape(p)
+        if tuple(sizes) == source.shape:
+            return p
+        out = Shape(tuple(sizes), source.memory)
+        if source.node and torch.is_grad_enabled():
+            out.node = Node(inputs=[(source.node, FLOAT_BYTES * p.numel())])
+        return cast(Tensor, out)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """New memory, as long as the round lasts."""
+        return self.blank(x.shape, category="weights")
+
+    def pull(self, p: Tensor, *terms: tuple[Tensor, float]) -> None:
+        """In place."""
+
+    def gram(self, x: Tensor, rows: bool) -> Tensor:
+        """A square."""
+        size = x.shape[0] if rows else x.shape[1]
+        return self.blank((size, size))
+
+    def pull_product(self, p: Tensor, x: Tensor, y: Tensor, factor: float) -> None:
+        """In place."""
 
     def moment(self, name: str) -> None:
         """What comes is booked under this name."""
@@ -137,8 +195,19 @@ class Ledger(Ops):
         if others[:-1]:
             self._times *= len(others) - 1
             yield others[0]
-            self._times //= len(others) - 1
+            self._times /= len(others) - 1
         yield from others[-1:]
+
+    def drawn(self, networks: Sequence[T], index: int) -> Iterator[tuple[T, bool]]:
+        """All of them, widest first, each with its share of the operations."""
+        self._times /= len(networks)
+        for i, network in enumerate(networks):
+            yield network, i < len(networks) - 1
+        self._times *= len(networks)
+
+    def labels(self, shard: Shard, vocabulary: int) -> Tensor:
+        """A byte for each."""
+        return self.blank((vocabulary,), 1)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """A shape with the array's memory."""
@@ -182,10 +251,10 @@ class Ledger(Ops):
     def _count(self, operations: int) -> None:
         self.flops[self.timeline.moment] += self._times * operations
 
-    def _products(self, x: Tensor, weight: Tensor) -> None:
+    def _products(self, x: Tensor, weight: Tensor, numel: int = 0) -> None:
         graph = torch.is_grad_enabled()
         products = 1 + graph * ((_shape(x).node is not None) + (_shape(weight).node is not None))
-        self._count(products * 2 * (x.numel() // x.shape[-1]) * weight.numel())
+        self._count(products * 2 * (x.numel() // x.shape[-1]) * (numel or weight.numel()))
 
     def _unpacked(self, weight: Tensor) -> Tensor | None:
         return self.blank(weight.shape) if _shape(weight).packed else None
@@ -221,11 +290,12 @@ class Ledger(Ops):
 
 @dataclass
 class Held(Mapping[str, Tensor]):
-    """The arrays of a job: each access makes a new shape, as reading from disk makes a new tensor."""
+    """Some arrays of a device: each access makes a new shape, as reading from disk makes a new tensor."""
 
     ledger: Ledger
     layout: Layout
     plan: Plan
+    names: frozenset[str]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Sizes on the device."""
@@ -237,11 +307,11 @@ class Held(Mapping[str, Tensor]):
 
     def __iter__(self) -> Iterator[str]:
         """Names."""
-        return iter(self.plan.holds)
+        return iter(self.names)
 
     def __len__(self) -> int:
         """Number of tensors."""
-        return len(self.plan.holds)
+        return len(self.names)
 
 
 @dataclass

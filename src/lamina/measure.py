@@ -18,10 +18,14 @@ from lamina.device import Devices
 from lamina.errors import UserError
 from lamina.flash import Flash
 from lamina.job import Failure, Job, Local, Turn
+from lamina.layout import Params
+from lamina.methods.base import Method
 from lamina.model import Spec
 from lamina.plan import Plan
 from lamina.timeline import Timeline
 from lamina.watch import watch_job
+
+_PLAIN = Method()
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,13 @@ class Measured:
 
 
 def measure(
-    spec: Spec, plan: Plan, local: Local, tokens: int, steps: int = 2, devices: Devices | None = None
+    spec: Spec,
+    plan: Plan,
+    local: Local,
+    tokens: int,
+    steps: int = 2,
+    method: Method = _PLAIN,
+    devices: Devices | None = None,
 ) -> Measured:
     """Run the first local steps of a plan, at most two, on random weights and tokens, in a fresh process.
 
@@ -58,7 +68,7 @@ def measure(
     Raises:
         UserError: The process was ended, as by a system that has no memory left.
     """
-    job, shard = work(spec, plan, replace(local, steps=min(steps, 2)), tokens)
+    job, shard = work(spec, plan, replace(local, steps=min(steps, 2)), tokens, method)
     place = devices or Devices()
     try:
         plain, counted, seen = (place.run(job, shard, spec, look=look) for look in ("", "allocator", "tensors"))
@@ -72,19 +82,24 @@ def measure(
     return Measured(Memory(**seen.watched[0]), seen.watched[1], counted.allocator_bytes, plain.rss_bytes)
 
 
-def work(spec: Spec, plan: Plan, local: Local, tokens: int) -> tuple[Job, Pairs]:
+def work(spec: Spec, plan: Plan, local: Local, tokens: int, method: Method = _PLAIN) -> tuple[Job, Pairs]:
     """A job with random weights, and random examples for `local.steps` full batches."""
-    layout = model.layout(spec)
+    layout = model.layout(plan.runs(spec))
     generator = torch.Generator().manual_seed(0)
-    arrays = {n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in sorted(plan.holds)}
+
+    def draw(names: frozenset[str]) -> Params:
+        return {n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in sorted(names)}
+
     drawn = np.random.default_rng(0).integers(0, spec.vocab, (2, local.steps * local.batch_size, tokens))
-    return Job(Turn(0, 0, 1, 0), plan, local, arrays), Pairs(*drawn)
+    arrays, state = draw(plan.holds), draw(method.kept(spec, plan))
+    return Job(Turn(0, 0, 1, 0), plan, local, arrays, method, state), Pairs(*drawn)
 
 
-def watch(spec: Spec, plan: Plan, local: Local, tokens: int) -> Timeline:
+def watch(spec: Spec, plan: Plan, local: Local, tokens: int, method: Method = _PLAIN) -> Timeline:
     """`local.steps` steps of `work` in this process: when each tensor was born and freed."""
-    job, shard = work(spec, plan, local, tokens)
+    job, shard = work(spec, plan, local, tokens, method)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "arrays.safetensors"
-        save_file(dict(job.arrays), path)
-        return watch_job(replace(job, arrays=Flash(path)), shard, spec)[1]
+        arrays, state = Path(folder) / "arrays.safetensors", Path(folder) / "state.safetensors"
+        save_file(dict(job.arrays), arrays)
+        save_file(dict(job.state), state)
+        return watch_job(replace(job, arrays=Flash(arrays), state=Flash(state)), shard, spec)[1]

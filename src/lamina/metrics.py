@@ -54,9 +54,7 @@ def evaluate(spec: Spec, params: Params, shards: Sequence[Shard], scored: int, w
     def hits(chunk: np.ndarray) -> np.ndarray:
         batches = [shards[device].batch(chunk[chunk[:, 0] == device, 1]) for device in np.unique(chunk[:, 0])]
         ids_BS, targets_BS = (torch.from_numpy(np.concatenate(part)) for part in zip(*batches, strict=True))
-        x_BSD = model.embed(spec, params, ids_BS)
-        x_BSD = model.run_blocks(spec, params, x_BSD, model.found_blocks(spec, params))
-        logits_BSV = model.head(spec, params, x_BSD[:, -scored:])
+        logits_BSV = model.forward(spec, params, ids_BS, last=scored)
         right: np.ndarray = (logits_BSV.argmax(-1) == targets_BS[:, -scored:]).sum(1).numpy()
         return right
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,29 @@ from lamina.flash import Flash, Kept, Pages
 from lamina.packed import Packed, PackedLinear, pack, packable, slabs
 
 if TYPE_CHECKING:
+    from lamina.data.task import Shard
     from lamina.job import Local
+
+T = TypeVar("T")
+_LABEL_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How much each of some outputs learns from the targets, and from each other output.
+
+    Attributes:
+        hard: Of each, the weight of the cross-entropy with the targets.
+        soft: Row i: of each j, the weight of KL(p_j || p_i).
+    """
+
+    hard: tuple[float, ...]
+    soft: tuple[tuple[float, ...], ...]
+
+    @staticmethod
+    def plain(count: int) -> Mix:
+        """Each from the targets alone, all the same, weights that add up to one."""
+        return Mix((1 / count,) * count, ((0.0,) * count,) * count)
 
 
 class Ops:
@@ -63,10 +86,57 @@ class Ops:
         """Mean negative log-likelihood over all positions."""
         return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
 
-    def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
-        """`cross_entropy` of logits X W^T, of which only those of a few tokens exist at a time."""
-        loss = _LinearCrossEntropy.apply(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())  # type: ignore[no-untyped-call]
+    def head_loss(
+        self,
+        xs_BSD: Sequence[Tensor],
+        weights_VD: Sequence[Tensor],
+        targets_BS: Tensor,
+        mix: Mix,
+        labels_V: Tensor | None,
+        chunked: bool,
+    ) -> Tensor:
+        """Mean loss per token of outputs x W^T that learn from targets and from one another.
+
+        sum_i [ hard_i CE(y, p_i) + sum_j soft_ij KL(p_j || p_i) ] with p_j constant where it teaches; with `chunked`,
+        the logits of only a few tokens exist at a time.
+        """
+        tokens = targets_BS.numel()
+        size = chunk_tokens(tokens, weights_VD[0].shape[0]) if chunked else tokens
+        flat = [x.flatten(0, 1) for x in xs_BSD]
+        loss = _HeadLoss.apply(targets_BS.flatten(), mix, labels_V, size, *flat, *weights_VD)  # type: ignore[no-untyped-call]
         return cast(Tensor, loss)
+
+    def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
+        """X (W + S)^T + b with S zero but for `values` at `indices` of the flattened weight; W is frozen."""
+        return cast(Tensor, _SparseLinear.apply(x, weight, values, indices, bias))  # type: ignore[no-untyped-call]
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """X * factor, in the memory of x, which nothing else may need."""
+        return x.mul_(factor)
+
+    def leading(self, p: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The first so many indices of every dimension, in the memory of p."""
+        return p if tuple(sizes) == tuple(p.shape) else cast(Tensor, _Leading.apply(p, tuple(sizes)))  # type: ignore[no-untyped-call]
+
+    def copy(self, x: Tensor) -> Tensor:
+        """The same numbers in memory of their own, without a graph."""
+        return x.detach().clone()
+
+    def pull(self, p: Tensor, *terms: tuple[Tensor, float]) -> None:
+        """Add factor * term to the gradient of p for each (term, factor)."""
+        assert p.grad is not None
+        for term, factor in terms:
+            p.grad.add_(term.detach(), alpha=factor)
+
+    def gram(self, x: Tensor, rows: bool) -> Tensor:
+        """X X^T, or X^T X, of a matrix."""
+        x = x.detach()
+        return x @ x.T if rows else x.T @ x
+
+    def pull_product(self, p: Tensor, x: Tensor, y: Tensor, factor: float) -> None:
+        """Add factor * x @ y, matrices, to the gradient of p, seen as a matrix."""
+        assert p.grad is not None
+        p.grad.view(x.shape[0], -1).addmm_(x.detach(), y.detach(), alpha=factor)
 
     def moment(self, name: str) -> None:
         """Told what the device is at: "prefix", "load", "forward", "loss", "backward" or "update"."""
@@ -78,6 +148,17 @@ class Ops:
     def slices(self, count: int, size: int) -> Iterator[slice]:
         """Consecutive slices of at most `size` that make up `count`."""
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+    def drawn(self, networks: Sequence[T], index: int) -> Iterator[tuple[T, bool]]:
+        """The one of some networks that a step has drawn, with whether more follow."""
+        yield networks[index], False
+
+    def labels(self, shard: Shard, vocabulary: int) -> Tensor:
+        """Which tokens a device ever has to predict, bool [vocabulary]."""
+        found = torch.zeros(vocabulary, dtype=torch.bool)
+        for rows in self.slices(len(shard), _LABEL_ROWS):
+            found[torch.from_numpy(np.unique(shard.batch(np.arange(rows.start, rows.stop))[1]))] = True
+        return found
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """The tensor in a numpy array's memory."""
@@ -134,45 +215,128 @@ def chunk_tokens(tokens: int, vocabulary: int) -> int:
     return min(tokens, max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocabulary))
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a linear layer, a few tokens at a time; forward finds the gradients as well.
+class _HeadLoss(torch.autograd.Function):
+    """`Ops.head_loss`, a few tokens at a time; forward finds the gradients as well.
 
-    With p = softmax(W x), d loss / d logits = (p - onehot(target)) / N, which overwrites the logits of the chunk. The
-    products are those of the plain computation, no more.
+    With y the one-hot target, q_i = sum_j soft_ij p_j and s_i = sum_j soft_ij, the gradient with respect to the logits
+    of output i is [(hard_i + s_i) p_i - hard_i y - q_i] / N, which for an output alone overwrites its probabilities.
+    The products are those of the plain computation, no more.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        """Mean negative log-likelihood."""
-        tokens, vocabulary = len(x_ND), weight_VD.shape[0]
-        of_x = torch.zeros_like(x_ND) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
-        total = x_ND.new_zeros(())
-        size = chunk_tokens(tokens, vocabulary)
-        space = x_ND.new_empty(size, vocabulary)
+    def forward(ctx: Any, targets_N: Tensor, mix: Mix, labels_V: Tensor | None, size: int, *tensors: Tensor) -> Tensor:
+        """Mean loss."""
+        count = len(tensors) // 2
+        xs, weights, needed = tensors[:count], tensors[count:], ctx.needs_input_grad[4:]
+        found = [torch.zeros_like(each) if need else None for each, need in zip(tensors, needed, strict=True)]
+        tokens, vocabulary = len(targets_N), weights[0].shape[0]
+        total, teaching = xs[0].new_zeros(()), any(map(any, mix.soft))
+        space = xs[0].new_empty(count, size, vocabulary)
+        spare = xs[0].new_empty(2, size, vocabulary) if teaching else None
         for start in range(0, tokens, size):
-            x, targets = x_ND[start : start + size], targets_N[start : start + size, None]
-            logits = space[: len(x)]
-            for rows, part in slabs(weight_VD):
-                torch.mm(x, part.T, out=logits[:, rows])
-                del part
-            picked, largest = logits.gather(1, targets), logits.amax(1, keepdim=True)
-            sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            total += (sums.log() + largest - picked).sum()
-            if of_x is None and of_weight is None:
-                continue
-            logits.mul_(1 / (tokens * sums)).scatter_add_(1, targets, torch.full_like(picked, -1 / tokens))
-            if of_x is not None:
-                for rows, part in slabs(weight_VD):
-                    of_x[start : start + size].addmm_(logits[:, rows], part)
-                    del part
-            if of_weight is not None:
-                of_weight.addmm_(logits.T, x)
-        ctx.save_for_backward(of_x, of_weight)
+            rows = slice(start, start + size)
+            targets = targets_N[rows, None]
+            for i, (x_ND, weight_VD) in enumerate(zip(xs, weights, strict=True)):
+                p = space[i, : len(targets)]
+                for part, slab in slabs(weight_VD):
+                    torch.mm(x_ND[rows], slab.T, out=p[:, part])
+                    del slab
+                if labels_V is not None:
+                    p.masked_fill_(~labels_V, 0)
+                picked, largest = p.gather(1, targets), p.amax(1, keepdim=True)
+                sums = p.sub_(largest).exp_().sum(1, keepdim=True)
+                p.div_(sums)
+                total += mix.hard[i] * (sums.log_().add_(largest).sub_(picked)).sum()
+                del picked, largest, sums
+            for i in range(count):
+                g = p = space[i, : len(targets)]
+                if spare is not None:
+                    g, logs = spare[:, : len(targets)]
+                    total += _divergence(mix.soft[i], space[:, : len(targets)], i, g, logs)
+                    g.neg_().add_(p, alpha=mix.hard[i] + sum(mix.soft[i]))
+                else:
+                    g.mul_(mix.hard[i])
+                if found[i] is None and found[count + i] is None:
+                    continue
+                g.scatter_add_(1, targets, torch.full_like(targets, -mix.hard[i], dtype=p.dtype)).div_(tokens)
+                if labels_V is not None:
+                    g.masked_fill_(~labels_V, 0)
+                _backward(g, xs[i][rows], weights[i], found[i], found[count + i], rows)
+        ctx.save_for_backward(*found)
         return total / tokens
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients that forward found, scaled where they stand."""
-        of_x, of_weight = (None if each is None else each.mul_(gradient) for each in ctx.saved_tensors)
-        return of_x, of_weight, None
+        return None, None, None, None, *(None if each is None else each.mul_(gradient) for each in ctx.saved_tensors)
+
+
+def _divergence(soft: Sequence[float], ps: Tensor, i: int, q: Tensor, logs: Tensor) -> Tensor:
+    """Sum over tokens of sum_j soft_j KL(p_j || p_i); leaves sum_j soft_j p_j in q."""
+    total = ps.new_zeros(())
+    q.zero_()
+    for weight, p in zip(soft, ps, strict=True):
+        if weight:
+            torch.log(p, out=logs).clamp_(min=-1e4)
+            total += weight * torch.dot(p.reshape(-1), logs.reshape(-1))
+            q.add_(p, alpha=weight)
+    torch.log(ps[i], out=logs).clamp_(min=-1e4)
+    return total - torch.dot(q.reshape(-1), logs.reshape(-1))
+
+
+def _backward(
+    g_NV: Tensor, x_ND: Tensor, weight_VD: Tensor, of_x: Tensor | None, of_weight: Tensor | None, rows: slice
+) -> None:
+    """Add to the gradients of x and W what comes through the logits' gradient."""
+    if of_x is not None:
+        for part, slab in slabs(weight_VD):
+            of_x[rows].addmm_(g_NV[:, part], slab)
+            del slab
+    if of_weight is not None:
+        of_weight.addmm_(g_NV.T, x_ND)
+
+
+class _SparseLinear(torch.autograd.Function):
+    """`Ops.sparse_linear`; the sum of the weights is made anew in backward instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
+        """Keeps x and the indices."""
+        ctx.save_for_backward(x, values, indices)
+        ctx.weight = weight
+        return F.linear(x, _plus_sparse(weight, values, indices), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, Tensor | None]:
+        """Gradients of x, the values and b."""
+        x, values, indices = ctx.saved_tensors
+        of_x = gradient @ _plus_sparse(ctx.weight, values, indices) if ctx.needs_input_grad[0] else None
+        of_values = None
+        if ctx.needs_input_grad[2]:
+            dense = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+            of_values = dense.view(-1)[indices]
+            del dense
+        return of_x, None, of_values, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+
+
+def _plus_sparse(weight: Tensor | Packed, values: Tensor, indices: Tensor) -> Tensor:
+    whole = weight.unpack() if isinstance(weight, Packed) else weight.clone()
+    whole.view(-1).index_add_(0, indices, values)
+    return whole
+
+
+class _Leading(torch.autograd.Function):
+    """`Ops.leading`; the gradient is zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """A view."""
+        ctx.shape = p.shape
+        return p[tuple(map(slice, sizes))]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Padded with zeros."""
+        whole = gradient.new_zeros(ctx.shape)
+        whole[tuple(map(slice, gradient.shape))] = gradient
+        return whole, None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from lamina.layout import Axis, Layout, Params
 from lamina.levers import Levers
+from lamina.model import Spec, spec_from_json
 
 Absent = Literal["keep", "skip"]
+Gradient = Literal["backward", "forward", "zeroth"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,11 @@ class Plan:
         trains: Those with gradients: exactly what is uploaded.
         keep: Axes of which only some units are held; every tensor with that axis is cut alike.
         label: For people: "last 3 of 12".
-        levers: How it saves memory meanwhile; the planner's choice, not the method's.
+        levers: How it saves memory meanwhile. What the method sets is its own; the rest is the planner's choice.
+        network: What the device runs, where its tensors are not cut out of the server's but made from them: low-rank
+            factors, say. `holds`, `trains` and `keep` then speak of this network.
+        gradient: How it is found: by a "backward" pass, by a "forward" pass along a direction (Baydin et al. 2022), or
+            from two losses ("zeroth" order; Spall 1992).
     """
 
     holds: frozenset[str]
@@ -56,11 +62,17 @@ class Plan:
     keep: Mapping[Axis, Keep] = field(default_factory=dict, hash=False)
     label: str = ""
     levers: Levers = field(default_factory=Levers)
+    network: Spec | None = None
+    gradient: Gradient = "backward"
 
     def __post_init__(self) -> None:
         """Refuse a plan that trains what is not held."""
         if missing := sorted(self.trains - self.holds):
             raise ValueError(f"plan {self.label!r} trains tensors it does not hold: {', '.join(missing[:3])}")
+
+    def runs(self, spec: Spec) -> Spec:
+        """The device's network, where the server's is `spec`."""
+        return self.network or spec
 
     def shape(self, layout: Layout, name: str) -> tuple[int, ...]:
         """Shape of a tensor on the device."""
@@ -86,24 +98,50 @@ class Plan:
         return tuple(sorted({block for name in self.trains if (block := layout.params[name].block) is not None}))
 
     def first_trained(self, layout: Layout) -> int:
-        """Index of the lowest block the gradient must reach; 0 if the input side trains, `blocks` if only the head."""
+        """Index of the lowest block the gradient must reach; 0 if the input side trains, `blocks` if only the head.
+
+        An exit comes after its block.
+        """
         rows = [layout.params[name] for name in self.trains]
         if any(row.part == "embed" for row in rows):
             return 0
-        return min((row.block for row in rows if row.block is not None), default=layout.blocks)
+        reached = (row.block + (row.part == "exit") for row in rows if row.block is not None)
+        return min(reached, default=layout.blocks)
 
     def below(self, layout: Layout) -> frozenset[str]:
         """Names of what is held below the lowest trained block: the frozen prefix; empty if the embedding trains."""
         first = self.first_trained(layout)
         rows = ((name, layout.params[name]) for name in self.holds)
         names = frozenset(
-            name for name, row in rows if row.part == "embed" or (row.block is not None and row.block < first)
+            name
+            for name, row in rows
+            if row.part == "embed" or (row.block is not None and row.block < first and row.part != "exit")
         )
         return frozenset() if names & self.trains else names
 
     def caches(self, layout: Layout) -> bool:
         """Whether the outputs of the frozen prefix are kept: the lever is on and there is a prefix."""
         return bool(self.levers.prefix_cache and self.below(layout))
+
+    def bare(self, spec: Spec) -> Plan:
+        """A plan of the same price for all that differ in which units or blocks they keep, but not in how many."""
+        keep = {axis: Keep(kept.count) for axis, kept in self.keep.items()}
+        plan = replace(self, keep=keep, label="")
+        found = sorted({int(name.split(".")[1]) for name in self.holds if name.startswith("h.")})
+        if spec.exits or self.network or found == list(range(len(found))):
+            return plan
+        place = {f"h.{block}": f"h.{i}" for i, block in enumerate(found)}
+
+        def moved(name: str) -> str:
+            block = ".".join(name.split(".")[:2])
+            return place[block] + name.removeprefix(block) if block in place else name
+
+        return replace(
+            plan,
+            holds=frozenset(map(moved, self.holds)),
+            trains=frozenset(map(moved, self.trains)),
+            keep={Axis(moved(axis)): kept for axis, kept in keep.items()},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` gives the same plan back."""
@@ -114,6 +152,8 @@ class Plan:
             "keep": keep,
             "label": self.label,
             "levers": asdict(self.levers),
+            "network": asdict(self.network) if self.network else None,
+            "gradient": self.gradient,
         }
 
     @staticmethod
@@ -123,7 +163,15 @@ class Plan:
             Axis(axis): Keep(count, start, tuple(units) if units else None)
             for axis, (count, start, units) in data["keep"].items()
         }
-        return Plan(frozenset(data["holds"]), frozenset(data["trains"]), keep, data["label"], Levers(**data["levers"]))
+        return Plan(
+            frozenset(data["holds"]),
+            frozenset(data["trains"]),
+            keep,
+            data["label"],
+            Levers(**data["levers"]),
+            spec_from_json(data["network"]) if data["network"] else None,
+            data["gradient"],
+        )
 
 
 def narrow(params: Params, layout: Layout, plan: Plan) -> Params:

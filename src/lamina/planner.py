@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, reduce
-from itertools import chain, combinations
+from itertools import chain, combinations, takewhile
 from typing import Any
 
 from lamina import model
@@ -15,11 +15,14 @@ from lamina.cost import Cost, cost
 from lamina.errors import UserError
 from lamina.fleet import RESOURCES, Budget
 from lamina.job import Local, Turn
-from lamina.levers import Allowed, Levers, rungs
+from lamina.layout import Params
+from lamina.levers import Allowed, Levers, Rung, rungs
 from lamina.methods import Method
 from lamina.model import Spec
 from lamina.plan import Plan
 from lamina.units import human
+
+_PLAIN = Method()
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Candidate:
     def trained_blocks(self, group: int) -> int:
         """Blocks that the devices of a group train; 0 when they sit out."""
         plan = self.choices[group].plan
-        return plan.trained_blocks(model.layout(self.spec)) if plan else 0
+        return plan.trained_blocks(model.layout(plan.runs(self.spec))) if plan else 0
 
     def to_json(self) -> dict[str, Any]:
         """A row of the score table."""
@@ -100,6 +103,21 @@ class Candidate:
         }
 
 
+@dataclass(frozen=True)
+class Fleet:
+    """What a method may know of the devices before the first round.
+
+    Attributes:
+        class_of: Class index of every device.
+        plans: Of every class, None where it sits out; see `Method.peak_round`.
+        fits: Whether a plan fits the budget of a class.
+    """
+
+    class_of: Sequence[int]
+    plans: tuple[Plan | None, ...]
+    fits: Callable[[int, Plan], bool]
+
+
 def choose_plan(
     method: Method,
     spec: Spec,
@@ -109,8 +127,9 @@ def choose_plan(
     steps: int,
     turn: Turn,
     levers: Allowed = "none",
+    memory: Params | None = None,
 ) -> Choice:
-    """The first plan of the method that fits the budget, with no more levers than it needs.
+    """The plan that the method picks among those of its own that fit the budget, with no more levers than it needs.
 
     Args:
         method: It lists the plans.
@@ -121,20 +140,45 @@ def choose_plan(
         steps: Optimizer steps in the round.
         turn: The device and the round.
         levers: Those that may be used.
+        memory: Of the method.
     """
     limit = Budget() if method.on_infeasible == "ignore" else budget
-    binding: tuple[str, ...] = ()
-    for plan in method.plans(model.layout(spec), turn):
-        fitted = fit(spec, plan, limit, local, tokens, steps, levers)
-        if not fitted.exceeded:
-            return Choice(fitted.plan, fitted.cost, binding)
-        binding = fitted.exceeded
-    return Choice(None, fitted.cost, binding)
+    tried: list[Fitted] = []
+
+    def feasible() -> Iterator[Plan]:
+        for plan in method.plans(spec, turn, memory or {}):
+            tried.append(fit(spec, plan, limit, local, tokens, steps, levers, method))
+            if not tried[-1].exceeded:
+                yield tried[-1].plan
+
+    picked = method.pick(feasible(), turn)
+    richer = list(takewhile(lambda each: each.exceeded, tried))
+    binding = richer[-1].exceeded if richer else ()
+    if picked is None:
+        return Choice(None, tried[-1].cost, binding)
+    return Choice(picked, next(each.cost for each in tried if each.plan is picked), binding)
+
+
+def fit(
+    spec: Spec,
+    plan: Plan,
+    limit: Budget,
+    local: Local,
+    tokens: int,
+    steps: int,
+    allowed: Allowed,
+    method: Method = _PLAIN,
+) -> Fitted:
+    """The plan with the levers it needs to fit, cheapest first, and its price."""
+    found = _fit(spec, plan.bare(spec), limit, local, tokens, steps, allowed, method)
+    return Fitted(replace(plan, levers=found.plan.levers), found.cost, found.exceeded)
 
 
 @lru_cache(maxsize=4096)
-def fit(spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps: int, allowed: Allowed) -> Fitted:
-    """The plan with the levers it needs to fit, cheapest first, and its price.
+def _fit(
+    spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps: int, allowed: Allowed, method: Method
+) -> Fitted:
+    """The same, cached.
 
     Levers that cost neither operations nor time worth mentioning come first, then several passes, then recomputing,
     then the inexact ones. Within the first of these settings that fits, every lever that is not needed is let go.
@@ -143,7 +187,7 @@ def fit(spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps:
     changeable = replace(limit, up_bytes=None, down_bytes=None)
 
     def price(levers: Levers) -> Cost:
-        return cost(spec, replace(plan, levers=levers), local, tokens, steps)
+        return cost(spec, replace(plan, levers=levers), local, tokens, steps, method)
 
     def fits(levers: Levers) -> bool:
         return not changeable.exceeded(price(levers))
@@ -151,43 +195,50 @@ def fit(spec: Spec, plan: Plan, limit: Budget, local: Local, tokens: int, steps:
     def result(levers: Levers) -> Fitted:
         return Fitted(replace(plan, levers=levers), price(levers), tuple(limit.exceeded(price(levers))))
 
-    if fits(Levers()):
-        return result(Levers())
-    settings = list(_settings(allowed, local))
+    if fits(plan.levers):
+        return result(plan.levers)
+    settings = list(_settings(allowed, local, plan.levers))
     ends = [levers for inexact, levers in settings if inexact in (0, settings[-1][0])]  # the others lie between
     if not any(map(fits, reversed(ends))):
         memory_alone = Budget(memory_bytes=limit.memory_bytes)
         if changeable != memory_alone:
-            nearest = fit(spec, plan, memory_alone, local, tokens, steps, allowed)
+            nearest = _fit(spec, plan, memory_alone, local, tokens, steps, allowed, method)
             return result(nearest.plan.levers)
         least = min(ends, key=lambda each: price(each).memory_bytes)
         most = price(least).memory_bytes
-        return result(_let_go(least, allowed, local.batch_size, lambda each: price(each).memory_bytes <= most))
+        found = _let_go(least, plan.levers, allowed, local, lambda each: price(each).memory_bytes <= most)
+        return result(found)
     found = next(levers for _, levers in settings if fits(levers))
-    return result(_let_go(found, allowed, local.batch_size, fits))
+    return result(_let_go(found, plan.levers, allowed, local, fits))
 
 
-def _settings(allowed: Allowed, local: Local) -> Iterator[tuple[int, Levers]]:
+def _free(allowed: Allowed, own: Levers) -> list[Rung]:
+    """The levers that the planner may turn: those allowed that the method has not set itself."""
+    return [rung for rung in rungs(allowed) if all(getattr(own, key) == getattr(Levers(), key) for key in rung.sets)]
+
+
+def _settings(allowed: Allowed, local: Local, own: Levers) -> Iterator[tuple[int, Levers]]:
     """Combinations of levers from cheap to dear, each with its number of inexact ones.
 
     Those that cost nothing are on from the start; but the cache, which may hold more than it saves, comes with and
     without, and fused updates, for which clipping takes every batch twice, come last where gradients are clipped, and
     not where gradients must wait for other passes anyway.
     """
-    named = {rung.name: rung.sets for rung in rungs(allowed)}
+    turnable = _free(allowed, own)
+    named = {rung.name: rung.sets for rung in turnable}
     costly = [name for name in ("micro_batch", "recompute", *(["fused_update"] if local.clip else [])) if name in named]
     free = [name for name in ("chunked_loss", "fused_update") if name in named and name not in costly]
     caches = [[name] for name in ("cache_disk", "cache_ram") if name in named][:1]
     idle = {"cache16"} if not caches else set()
     idle |= {"adamw8", "adafactor"} if local.kind != "adamw" else set()
-    inexact = [rung.name for rung in rungs(allowed) if not rung.exact and rung.name not in idle]
+    inexact = [rung.name for rung in turnable if not rung.exact and rung.name not in idle]
     slow = sorted(_subsets(costly), key=lambda names: [costly.index(name) for name in reversed(names)])
     for count in range(len(inexact) + 1):
         for names in slow:
             for cache in ([], *caches):
                 useful = [name for name in free if name != "fused_update" or "micro_batch" not in names]
                 chosen = (*useful, *cache, *names, *inexact[:count])
-                yield count, Levers(**reduce(operator.or_, (named[name] for name in chosen), {}))
+                yield count, replace(own, **reduce(operator.or_, (named[name] for name in chosen), {}))
 
 
 def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -195,16 +246,16 @@ def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     return chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
 
 
-def _let_go(levers: Levers, allowed: Allowed, batch: int, fits: Callable[[Levers], bool]) -> Levers:
+def _let_go(levers: Levers, own: Levers, allowed: Allowed, local: Local, fits: Callable[[Levers], bool]) -> Levers:
     """The same with every lever that is not needed off, dearest first, or weaker; still fitting."""
     before = None
     while levers != before:
         before = levers
-        for rung in reversed(list(rungs(allowed))):
+        for rung in reversed(_free(allowed, own)):
             for key in rung.sets:
-                weaker = [getattr(Levers(), key)]
+                weaker = [getattr(own, key)]
                 if key == "micro_batch":
-                    weaker += [batch >> power for power in range(1, batch.bit_length())]
+                    weaker += [local.batch_size >> power for power in range(1, local.batch_size.bit_length())]
                 else:
                     weaker += [other.sets[key] for other in rungs(allowed) if key in other.sets]
                 if getattr(levers, key) in weaker:
@@ -222,18 +273,19 @@ def assess(
     tokens: int,
     steps: int,
     levers: Allowed = "none",
+    rounds: int = 1,
 ) -> Candidate:
-    """What every group would do on one network."""
+    """What every group would do on one network, in the round in which it needs most."""
     adapted = method.adapt(spec)
-    turn = Turn(seed=0, round=0, rounds=1)
+    turn = Turn(seed=0, round=method.peak_round(rounds), rounds=rounds)
     choices = tuple(choose_plan(method, adapted, group.budget, local, tokens, steps, turn, levers) for group in groups)
-    layout = model.layout(adapted)
-    trained = [choice.plan.trained_blocks(layout) if choice.plan else 0 for choice in choices]
+    plans = [choice.plan for choice in choices]
+    trained = [plan.trained_blocks(model.layout(plan.runs(adapted))) if plan else 0 for plan in plans]
     mean = Fraction(
         sum(t * group.devices for t, group in zip(trained, groups, strict=True)),
         sum(group.devices for group in groups),
     )
-    taken = [choice.plan is not None for choice, group in zip(choices, groups, strict=True) if group.devices]
+    taken = [plan is not None for plan, group in zip(plans, groups, strict=True) if group.devices]
     fits = any(taken) if method.on_infeasible == "drop" else all(taken)
     return Candidate(name, adapted, choices, mean, fits)
 
@@ -246,6 +298,7 @@ def choose_network(
     tokens: int,
     steps: int,
     levers: Allowed = "none",
+    rounds: int = 1,
 ) -> Candidate:
     """The feasible network with the largest mean number of trained blocks; of equals, the deepest (CAFF, 2411.07826).
 
@@ -275,14 +328,14 @@ def choose_network(
         text += f"; {category} are {human('bytes', size)} of the memory"
     budget = " and ".join(f"{RESOURCES[name]} = {size}" for name, size in needs.items())
     remedies = [budget] if method.on_infeasible == "drop" else [budget, 'method.on_infeasible = "drop"']
-    budget_of, spec = group.budget, nearest.spec
-    if levers == "none" and choose_plan(method, spec, budget_of, local, tokens, steps, Turn(0, 0, 1), "exact").plan:
+    budget_of, spec, turn = group.budget, nearest.spec, Turn(0, method.peak_round(rounds), rounds)
+    if levers == "none" and choose_plan(method, spec, budget_of, local, tokens, steps, turn, "exact").plan:
         remedies.insert(0, 'levers = "exact"')
     halves = (local.batch_size >> power for power in range(1, local.batch_size.bit_length()))
     for size in halves:
         smaller = replace(local, batch_size=size)
         more = steps if local.steps else -(-steps * local.batch_size // size)  # as many passes over the data
-        if choose_plan(method, spec, budget_of, smaller, tokens, more, Turn(0, 0, 1), levers).plan:
+        if choose_plan(method, spec, budget_of, smaller, tokens, more, turn, levers).plan:
             remedies.insert(0, f"local.batch_size = {size}")
             break
     raise UserError(f"{text}; try {' or '.join(filter(None, (', '.join(remedies[:-1]), remedies[-1])))}")

@@ -35,13 +35,16 @@ from lamina.engines import Engine
 from lamina.engines.local import LocalEngine
 from lamina.errors import UserError
 from lamina.experiment import Outlook, load_task, look_ahead
+from lamina.job import Turn
 from lamina.layout import Params
 from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
-from lamina.server import DeviceRow, State, play_round
+from lamina.model import Spec
+from lamina.server import DeviceRow, play_round
+from lamina.state import State
 from lamina.turn import generator
 
-SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/1"
+SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/2"
 _LINES = ("rounds.jsonl", "devices.jsonl")
 _BITS = ("lamina", "torch", "machine")
 
@@ -93,8 +96,12 @@ class Run:
 
     def score(self) -> Score:
         """Accuracy of the global network now."""
-        spec = self.outlook.chosen.spec
-        return evaluate(spec, self.state.params, self.task.test, self.task.scored, self.workers)
+        return evaluate(*self._deployed(), self.task.test, self.task.scored, self.workers)
+
+    def _deployed(self) -> tuple[Spec, Params]:
+        """The network that the method hands out now."""
+        done = Turn(self.experiment.seed, self.state.round - 1, self.experiment.rounds)
+        return self.experiment.method.deploy(self.outlook.chosen.spec, self.state.params, done, self.state.memory)
 
     def play(
         self,
@@ -173,20 +180,17 @@ class Run:
         assert self.before is not None
         now = time.perf_counter()
         self.seconds += now - tick
-        manifest = {
+        data, tensors = self.state.pack()
+        manifest = data | {
             "schema": STATE_SCHEMA,
-            "round": self.state.round,
-            "changed": self.state.changed,
-            "seen": self.state.seen,
-            "totals": self.state.totals,
             "before": _score_json(self.before),
             "after": _score_json(self.after) if self.after else None,
             "seconds": self.seconds,
             "lengths": {name: _length(self.folder / name) for name in _LINES},
-            "sha256": _digest(self.state.params),
+            "sha256": _digest(tensors),
             "task_sha256": self.task.digest,
         }
-        content = save(self.state.params, metadata={"manifest": json.dumps(manifest)})
+        content = save(tensors, metadata={"manifest": json.dumps(manifest)})
         files.write(self.folder / "state.safetensors", content)
         return now
 
@@ -194,8 +198,7 @@ class Run:
         assert self.before is not None and self.after is not None
         checkpoint.write(
             self.folder / "model",
-            self.outlook.chosen.spec,
-            self.state.params,
+            *self._deployed(),
             torch.float32,
             {"alphabet": ALPHABET},
         )
@@ -325,10 +328,15 @@ def _prepare(experiment: Experiment) -> Run:
 def _first_state(experiment: Experiment, outlook: Outlook) -> State:
     """The pretrained network, and whatever the method adds, freshly drawn."""
     _, pretrained = checkpoint.load(outlook.folder)
-    spec = outlook.chosen.spec
+    spec, method = outlook.chosen.spec, experiment.method
     seed = int(generator(experiment.seed, "init").integers(2**62))
-    params: Params = model.init(spec, torch.Generator().manual_seed(seed)) | pretrained
-    return State(0, params, dict.fromkeys(params, 0), {})
+    params = model.init(spec, torch.Generator().manual_seed(seed))
+    params = method.equip(
+        spec, params | {name: pretrained[name] for name in params.keys() & pretrained.keys()}, pretrained
+    )
+    memory = {name: p.clone() for name, p in method.prepare(spec, params, outlook.fleet(experiment)).items()}
+    changed = dict.fromkeys([*params, *(f"memory:{name}" for name in memory)], 0)
+    return State(0, params, changed, {}, memory)
 
 
 def _new_folder(experiment: Experiment, root: Path) -> Path:
@@ -352,19 +360,13 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
         raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
     if manifest["task_sha256"] != run.task.digest:
         raise UserError(f"the data is not what it was when the run in {run.folder} was stopped")
-    params = load_file(run.folder / "state.safetensors")
-    if {n: p.shape for n, p in params.items()} != {n: p.shape for n, p in run.state.params.items()}:
-        raise UserError(f"the state in {run.folder} is of another network than its config.toml gives")
-    params = {name: params[name] for name in run.state.params}
-    if _digest(params) != manifest["sha256"]:
+    tensors = load_file(run.folder / "state.safetensors")
+    if tensors.keys() ^ set(manifest["tensors"]) or _digest(tensors) != manifest["sha256"]:
         raise UserError(f"the state in {run.folder} is damaged: its tensors are not those that were written")
-    run.state = State(
-        round=manifest["round"],
-        params=params,
-        changed=manifest["changed"],
-        seen={int(device): when for device, when in manifest["seen"].items()},
-        totals=manifest["totals"],
-    )
+    state = State.unpack(manifest, tensors)
+    if {n: p.shape for n, p in state.params.items()} != {n: p.shape for n, p in run.state.params.items()}:
+        raise UserError(f"the state in {run.folder} is of another network than its config.toml gives")
+    run.state = state
     run.before = _score(manifest["before"])
     run.after = _score(manifest["after"]) if manifest["after"] else None
     run.seconds = manifest["seconds"]
@@ -395,4 +397,4 @@ def _cut(path: Path, length: int) -> None:
 
 
 def _digest(params: Params) -> str:
-    return files.digest(b"".join(tensor.numpy().tobytes() for tensor in params.values()))
+    return files.digest(b"".join(params[name].numpy().tobytes() for name in sorted(params)))

@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from lamina import model
 from lamina.config import Experiment
 from lamina.engines import Engine
 from lamina.experiment import Outlook
 from lamina.job import Failure, Job, Turn, Update
-from lamina.layout import Layout, Params
-from lamina.plan import Vote, merge, narrow
+from lamina.model import Spec
 from lamina.planner import choose_plan
 from lamina.shapes import FLOAT_BYTES
-
-TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds")
-
-
-@dataclass(frozen=True)
-class State:
-    """All that a run is after some rounds; the same state gives the same future, bit for bit.
-
-    Attributes:
-        round: Rounds done.
-        params: Global tensors.
-        changed: Tensor -> the round after which it last changed; 0 for the tensors of the base network.
-        seen: Device -> the round before which it last received tensors. What its plans hold does not change.
-        totals: What the run has cost so far.
-    """
-
-    round: int
-    params: Params
-    changed: Mapping[str, int]
-    seen: Mapping[int, int]
-    totals: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
+from lamina.state import TOTALS, State
 
 
 @dataclass(frozen=True)
@@ -98,74 +79,110 @@ def play_round(
     Returns:
         The state after the round, and a row per device of the cohort in ascending order.
     """
-    layout = model.layout(outlook.chosen.spec)
-    jobs, rows, flops = _ask(experiment, outlook, examples, state)
-    votes = []
-    pending = set(jobs)
-    for update in engine.run(jobs.values()):
+    spec, method = outlook.chosen.spec, experiment.method
+    asked = _ask(experiment, outlook, examples, state)
+    rows = {device: each.row for device, each in asked.items()}
+    votes, kept = [], dict(state.devices)
+    pending = {device for device, each in asked.items() if each.job}
+    count = len(pending)
+    for update in engine.run(each.job for each in asked.values() if each.job):
         device = update.turn.device
         if device not in pending:  # never asked, or answered before: an engine may deliver twice
             continue
-        job = jobs[device]
+        job = asked[device].job
+        assert job
         if update.turn != job.turn:  # late; the answer that was asked for may still come
             rows[device] = replace(rows[device], rejected="answers another round")
             continue
         pending.remove(device)
-        progress(len(jobs) - len(pending), len(jobs))
-        if isinstance(update, Failure):
-            rows[device] = replace(rows[device], rejected=update.reason)
-            continue
-        rejected = fault(update, job, layout)
-        rows[device] = replace(
-            rows[device],
-            loss=update.loss if rejected is None else None,
-            up_bytes=sum(array.numel() * array.element_size() for array in update.arrays.values()),
-            flops=flops[device],
-            rejected=rejected,
-        )
-        if rejected is None:
-            votes.append(Vote(device, job.plan, update.arrays, experiment.method.weight(update)))
-    params = merge(state.params, layout, votes, experiment.method.absent) if votes else state.params
-    return _after(state, params, jobs, votes, rows), [rows[device] for device in sorted(rows)]
+        progress(count - len(pending), count)
+        rows[device] = _answered(asked[device], update, fault(update, job, spec))
+        if isinstance(update, Update) and rows[device].rejected is None:
+            votes.append(method.decode(update, job, spec))
+            kept |= {device: update.state} if update.state else {}
+    params, memory = state.params, state.memory
+    if votes:
+        turn = Turn(experiment.seed, state.round, experiment.rounds)
+        params, memory = method.merge(params, spec, votes, turn, memory)
+    after = replace(state, params=params, memory=memory, devices=kept)
+    return _counted(state, after, asked, rows), [rows[device] for device in sorted(rows)]
 
 
-def _ask(
-    experiment: Experiment, outlook: Outlook, examples: Sequence[int], state: State
-) -> tuple[dict[int, Job], dict[int, DeviceRow], dict[int, int]]:
-    """The jobs of a round, a row per device of the cohort as if no update came, and the operations of each job."""
-    spec, local, tokens = outlook.chosen.spec, experiment.local, experiment.task.window
-    layout = model.layout(spec)
-    jobs: dict[int, Job] = {}
-    rows: dict[int, DeviceRow] = {}
-    flops: dict[int, int] = {}
+@dataclass(frozen=True)
+class _Asked:
+    """One device of a cohort.
+
+    Attributes:
+        row: As if no update came.
+        job: None where it sits out.
+        flops: That it takes.
+        sources: Of the tensors it holds, those that are the server's as they are, by their keys in `State.changed`.
+    """
+
+    row: DeviceRow
+    job: Job | None = None
+    flops: int = 0
+    sources: Sequence[str] = ()
+
+
+def _ask(experiment: Experiment, outlook: Outlook, examples: Sequence[int], state: State) -> dict[int, _Asked]:
+    """The jobs of a round."""
+    spec, local, tokens, method = outlook.chosen.spec, experiment.local, experiment.task.window, experiment.method
+    asked = {}
     for device in draw_cohort(experiment, outlook, state.round):
         turn = Turn(experiment.seed, state.round, experiment.rounds, device)
         group = outlook.class_of[device]
         budget, steps = outlook.groups[group].budget, local.round_steps(examples[device])
-        choice = choose_plan(experiment.method, spec, budget, local, tokens, outlook.steps, turn, experiment.levers)
-        if choice.plan is None:
-            rows[device] = DeviceRow(device, group, None, 0)
+        work = (local, tokens, outlook.steps, turn, experiment.levers, state.memory)
+        choice = choose_plan(method, spec, budget, *work)
+        plan = choice.plan
+        if plan is None:
+            asked[device] = _Asked(DeviceRow(device, group, None, 0))
             continue
-        jobs[device] = Job(turn, choice.plan, local, narrow(state.params, layout, choice.plan))
-        flops[device] = choice.cost.flops * steps // outlook.steps
-        fresh = device not in state.seen
-        rows[device] = DeviceRow(
+        arrays = method.encode(state.params, spec, plan, turn, state.memory)
+        layout = model.layout(plan.runs(spec))
+        sources = {name: _source(state, name, array) for name, array in arrays.items()}
+        seen = state.seen.get(device, {})
+        row = DeviceRow(
             device,
             group,
-            choice.plan.label,
-            choice.plan.trained_blocks(layout),
-            choice.plan.blocks(layout),
-            tuple(choice.plan.levers.names()),
+            plan.label,
+            plan.trained_blocks(layout),
+            plan.blocks(layout),
+            tuple(plan.levers.names()),
             examples=examples[device],
             steps=steps,
             down_bytes=sum(
-                FLOAT_BYTES * array.numel()
-                for name, array in jobs[device].arrays.items()
-                if fresh or state.changed[name] > state.seen[device]
+                FLOAT_BYTES * arrays[name].numel()
+                for name, key in sources.items()
+                if not key or state.changed[key] > seen.get(key, -1)
             ),
             rejected="no update came",
         )
-    return jobs, rows, flops
+        job = Job(turn, plan, local, arrays, method, state.devices.get(device, {}))
+        flops = choice.cost.flops * steps // outlook.steps
+        asked[device] = _Asked(row, job, flops, [key for key in sources.values() if key])
+    return asked
+
+
+def _source(state: State, name: str, array: Tensor) -> str:
+    """Which of the server's tensors an array is, as it is; "" if it was made or cut for the device."""
+    if array is state.params.get(name):
+        return name
+    return f"memory:{name}" if array is state.memory.get(name) else ""
+
+
+def _answered(asked: _Asked, update: Update | Failure, fault: str | None) -> DeviceRow:
+    """The row of a device once something came."""
+    if isinstance(update, Failure):
+        return replace(asked.row, rejected=update.reason)
+    return replace(
+        asked.row,
+        loss=update.loss if fault is None else None,
+        up_bytes=sum(array.numel() * array.element_size() for array in update.arrays.values()),
+        flops=asked.flops,
+        rejected=fault,
+    )
 
 
 def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int) -> list[int]:
@@ -175,45 +192,46 @@ def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int) -> list[i
     return sorted(int(d) for d in rng.choice(able, min(experiment.cohort, len(able)), replace=False))
 
 
-def fault(update: Update, job: Job, layout: Layout) -> str | None:
+def fault(update: Update | Failure, job: Job, spec: Spec) -> str | None:
     """What is wrong with an update, judged by the plan its device was sent; None if nothing is."""
-    names = set(update.arrays)
-    if names != job.plan.trains:
-        odd = sorted(names ^ job.plan.trains)[0]
-        return f"{'has' if odd in names else 'lacks'} tensor {odd}, against its plan"
+    if isinstance(update, Failure):
+        return update.reason
+    if not all(isinstance(count, int) and 1 <= count < 2**31 for count in (update.examples, update.steps)):
+        return f"says it used {update.examples} examples in {update.steps} steps"
+    wanted = job.method.sends(spec, job.plan, update.steps)
+    if odd := sorted(update.arrays.keys() ^ wanted.keys()):
+        return f"{'has' if odd[0] in update.arrays else 'lacks'} tensor {odd[0]}, against its plan"
     for name, array in update.arrays.items():
-        if tuple(array.shape) != job.plan.shape(layout, name) or array.dtype != job.arrays[name].dtype:
+        if (tuple(array.shape), array.dtype) != wanted[name]:
             return f"{name} is {array.dtype} {tuple(array.shape)}, against its plan"
         if not array.isfinite().all():
             return f"{name} holds values that are not finite"
     if not math.isfinite(update.loss):
         return "its training loss is not finite"
-    if not all(isinstance(count, int) and 1 <= count < 2**31 for count in (update.examples, update.steps)):
-        return f"says it used {update.examples} examples in {update.steps} steps"
     return None
 
 
-def _after(
-    state: State,
-    params: Params,
-    jobs: Mapping[int, Job],
-    votes: Sequence[Vote],
-    rows: Mapping[int, DeviceRow],
-) -> State:
-    done = state.round + 1
-    moved: set[str] = set().union(*(vote.plan.trains for vote in votes))
+def _counted(before: State, after: State, asked: Mapping[int, _Asked], rows: Mapping[int, DeviceRow]) -> State:
+    """The state after a round with its books kept."""
+    done, used = before.round + 1, sum(row.loss is not None for row in rows.values())
+    changed = dict(before.changed)
+    for prefix, old, new in (("", before.params, after.params), ("memory:", before.memory, after.memory)):
+        changed |= {f"{prefix}{name}": done for name, tensor in new.items() if tensor is not old.get(name)}
     spent: dict[str, Any] = {
         key: sum(getattr(row, key) for row in rows.values()) for key in ("up_bytes", "down_bytes", "flops")
     }
     spent |= {
-        "updates": len(votes),
+        "updates": used,
         "rejected_updates": sum(row.rejected is not None for row in rows.values()),
-        "abandoned_rounds": int(not votes),
+        "abandoned_rounds": int(not used),
     }
-    return State(
+    seen = dict(before.seen)
+    for device, each in asked.items():
+        seen[device] = dict(seen.get(device, {})) | dict.fromkeys(each.sources, before.round)
+    return replace(
+        after,
         round=done,
-        params=params,
-        changed={name: done if name in moved else before for name, before in state.changed.items()},
-        seen=dict(state.seen) | dict.fromkeys(jobs, state.round),
-        totals={key: state.totals[key] + spent[key] for key in TOTALS},
+        changed=changed,
+        seen=seen,
+        totals={key: before.totals[key] + spent[key] for key in TOTALS},
     )

@@ -37,9 +37,10 @@ T = TypeVar("T")
 
 def watch_job(job: Job, shard: Shard, spec: Spec) -> tuple[Update, Timeline]:
     """Train a job, its arrays on disk, in this process: the update, and when each tensor was born and freed."""
-    assert isinstance(job.arrays, Flash)
     with Watch() as watched:
-        update = client.train(replace(job, arrays=_SeenFlash(job.arrays.path, watched)), shard, spec, _SeenOps(watched))
+        found = (job.arrays, job.state)
+        arrays, state = (_SeenFlash(each.path, watched) if isinstance(each, Flash) else each for each in found)
+        update = client.train(replace(job, arrays=arrays, state=state), shard, spec, _SeenOps(watched))
     return update, watched.timeline
 
 
@@ -162,6 +163,11 @@ class _SeenOps(Ops):
 
     def moment(self, name: str) -> None:
         self._watched.timeline.moment = name
+
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        copied = super().copy(x)
+        self._watched.see(copied).category = "weights"
+        return copied
 
     def hold(self, arrays: Mapping[str, torch.Tensor], name: str, bits: int) -> torch.Tensor:
         packed = super().hold(arrays, name, bits)

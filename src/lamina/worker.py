@@ -20,7 +20,8 @@ from lamina.flash import Flash
 from lamina.job import Job, Local, Turn
 from lamina.levers import Levers
 from lamina.limits import lacks_memory, limited, resident_peak, start_count, traceless
-from lamina.model import Lora, Spec
+from lamina.methods import from_table
+from lamina.model import Lora, Spec, spec_from_json
 from lamina.plan import Plan
 from lamina.units import human
 from lamina.watch import count_allocations, watch_job
@@ -56,10 +57,10 @@ def _in_child(folder: Path) -> int:
 
 def _answer(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    lora = request["spec"].pop("lora")
-    spec = Spec(**request["spec"], lora=Lora(**lora | {"targets": tuple(lora["targets"])}) if lora else None)
+    spec, method = spec_from_json(request["spec"]), from_table(request["method"])
     plan, local = Plan.from_json(request["plan"]), Local(**request["local"])
-    job = Job(Turn(**request["turn"]), plan, local, Flash(folder / "arrays.safetensors"))
+    arrays, state = (Flash(folder / f"{kind}.safetensors") for kind in ("arrays", "state"))
+    job = Job(Turn(**request["turn"]), plan, local, arrays, method, state)
     examples = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("ids", "targets"))
     shard, limit_bytes = Pairs(*examples), request["limit_bytes"]
     answer: dict[str, Any] = {"reason": None, "watched": None, "allocator_bytes": 0}
@@ -81,7 +82,8 @@ def _answer(folder: Path) -> None:
         answer["reason"] = f"exceeded its memory budget of {human('memory_bytes', limit_bytes)}"
     answer["rss_bytes"] = resident_peak() - before
     if update:
-        save_file({name: array.contiguous() for name, array in update.arrays.items()}, folder / "update.safetensors")
+        for kind, tensors in (("update", update.arrays), ("state", update.state)):
+            save_file({name: array.contiguous() for name, array in tensors.items()}, folder / f"{kind}.safetensors")
         answer["update"] = {"examples": update.examples, "steps": update.steps, "loss": update.loss}
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 

@@ -1,5 +1,9 @@
 """The table of methods. Being in it is being tested, priced and listed."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
 from lamina.methods.base import Method
 from lamina.methods.blocks import Caff
 from lamina.methods.full import FedAvg
@@ -11,4 +15,21 @@ METHODS: dict[str, type[Method]] = {
     "lora": FedLora,
 }
 
-__all__ = ["METHODS", "Method"]
+PLAIN = "plain"
+"""Name in tables of the base class itself: training as it is, without a server."""
+
+
+def to_table(method: Method) -> dict[str, Any]:
+    """Name and fields of a method, as plain data."""
+    names = {cls: name for name, cls in METHODS.items()} | {Method: PLAIN}
+    return {"name": names[type(method)]} | asdict(method)
+
+
+def from_table(table: Mapping[str, Any]) -> Method:
+    """The method that `to_table` described, also after a detour through JSON."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key != "name"}
+    named: dict[str, type[Any]] = METHODS | {PLAIN: Method}
+    return cast(Method, named[table["name"]](**fields))
+
+
+__all__ = ["METHODS", "Method", "from_table", "to_table"]

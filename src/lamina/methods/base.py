@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lamina.job import Turn, Update
-from lamina.layout import Layout
+import torch
+from torch import Tensor
+
+from lamina import model
+from lamina.job import Job, Turn, Update
+from lamina.layout import Axis, Params
 from lamina.model import Spec
-from lamina.plan import Absent, Plan
+from lamina.ops import Ops
+from lamina.plan import Absent, Plan, Vote, merge, narrow
+
+if TYPE_CHECKING:
+    from lamina.planner import Fleet
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a device minimises, where it is not simply the cross-entropy with the targets.
+
+    Attributes:
+        mutual: Weight of the mean KL divergence of an exit from each other exit (DepthFL).
+        own_labels: Whether the logits of tokens that the device never has to predict are 0 (HeteroFL).
+        widths: Sub-networks of which each step draws one: how many leading units of which axes (FjORD).
+        distill: Whether the whole network learns from the targets in each step, and the one drawn from the whole.
+    """
+
+    mutual: float = 0.0
+    own_labels: bool = False
+    widths: tuple[Mapping[Axis, int], ...] = ()
+    distill: bool = False
 
 
 @dataclass(frozen=True)
 class Method:
-    """Who holds what, who trains what, and how much each device counts.
+    """Who holds what, who trains what, how, and how much each device counts.
 
-    A method is a frozen dataclass; its fields are its hyperparameters and the keys of the `[method]` table.
+    A method is a frozen dataclass; its fields are its hyperparameters and the keys of the `[method]` table. It says
+    what differs from federated averaging of a network of which everybody trains everything, and nothing else.
+
+    Hooks of the server: `adapt` and `equip` before the first round; `prepare`, once the network is chosen; in each
+    round `plans`, `pick` and `encode` on the way out, `decode`, `weight` and `merge` on the way back; `deploy` before
+    an evaluation. Hooks of a device, in order: `remember`, `objective`, `pull` (before each update), `finish`.
+    `memory` is what the server keeps for the method besides the network; it is saved and restored with a run.
 
     Attributes:
         absent: What a device that took part but did not train a scalar says about it: "skip" (nothing) or "keep" (the
@@ -30,30 +62,110 @@ class Method:
     on_infeasible: Literal["reject", "drop", "ignore"] = "reject"
     weighting: Literal["examples", "uniform"] = "examples"
 
-    group: ClassVar[str]
-    source: ClassVar[str]
+    group: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    cuts: ClassVar[str] = "nothing"
+    """What is cut, for people."""
+    note: ClassVar[str] = ""
+    """What it does to a device's memory, for people, honestly."""
+    tasks: ClassVar[tuple[str, ...]] = ("language", "classification")
+    """Kinds of task it can do."""
+    stateful: ClassVar[str] = ""
+    """What a device keeps between rounds, for people; "" if nothing."""
+    lossy: ClassVar[bool] = False
+    """Whether what a device gets is not the server's network, so that training nothing changes it all the same."""
 
     def adapt(self, spec: Spec) -> Spec:
         """The network with whatever the method adds to it; by default nothing."""
         return spec
 
-    def plans(self, layout: Layout, turn: Turn) -> Iterator[Plan]:
-        """The plans a device may get in a turn, richest first. The first that fits its budget is taken.
+    def equip(self, spec: Spec, params: Params, pretrained: Params) -> Params:
+        """The first global tensors: by default the pretrained ones and, of what the method added, freshly drawn ones.
 
         Args:
-            layout: Of the adapted network.
-            turn: The device and the round, for methods that draw or rotate.
+            spec: The adapted network.
+            params: All of its tensors, the pretrained ones among them.
+            pretrained: Of the network as it was.
+        """
+        return params
+
+    def prepare(self, spec: Spec, params: Params, fleet: Fleet) -> Params:
+        """The first memory; by default none."""
+        return {}
+
+    def peak_round(self, rounds: int) -> int:
+        """The round in which devices need most; prices are shown, and the network is chosen, for this one."""
+        return 0
+
+    def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
+        """The plans a device may get in a turn, richest first. By default the first that fits its budget is taken.
+
+        Args:
+            spec: The adapted network.
+            turn: The device and the round, for methods that draw or rotate; device -1 stands for any.
+            memory: Of the method; empty before the first round.
 
         Yields:
             Plans, each cheaper than the one before in at least one resource.
         """
         raise NotImplementedError
 
+    def pick(self, feasible: Iterator[Plan], turn: Turn) -> Plan | None:
+        """One of the plans that fit, which come as they are asked for, richest first; None if none does."""
+        return next(feasible, None)
+
+    def encode(self, params: Params, spec: Spec, plan: Plan, turn: Turn, memory: Params) -> Params:
+        """What a device gets: by default its part of the global tensors, shared and not copied where uncut."""
+        return narrow(params, model.layout(spec), plan)
+
+    def sends(self, spec: Spec, plan: Plan, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of what a device sends after so many steps; by default what it trains, as it is."""
+        layout = model.layout(plan.runs(spec))
+        return {name: (plan.shape(layout, name), torch.float32) for name in layout.params if name in plan.trains}
+
+    def decode(self, update: Update, job: Job, spec: Spec) -> Vote:
+        """What an update says about the global tensors; by default what it holds."""
+        return Vote(job.turn.device, job.plan, update.arrays, self.weight(update))
+
     def weight(self, update: Update) -> float:
         """How much an update counts in the merge."""
         return float(update.examples) if self.weighting == "examples" else 1.0
+
+    def merge(
+        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+    ) -> tuple[Params, Params]:
+        """Global tensors and memory after a round in which somebody voted; by default the overlap mean."""
+        return merge(params, model.layout(spec), votes, self.absent), memory
+
+    def deploy(self, spec: Spec, params: Params, turn: Turn, memory: Params) -> tuple[Spec, Params]:
+        """The network that is evaluated and handed out after `turn.round` (-1 before the first); all by default."""
+        return spec, params
+
+    def objective(self, job: Job) -> Objective:
+        """What a device minimises."""
+        return Objective()
+
+    def kept(self, spec: Spec, plan: Plan) -> frozenset[str]:
+        """Names of trained tensors for each of which the device keeps another one of its shape between rounds."""
+        return frozenset()
+
+    def remember(self, job: Job, params: Mapping[str, Tensor], ops: Ops) -> Params:
+        """What a device keeps beside the network during a round: its state, and copies of what it starts from."""
+        return {}
+
+    def pull(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> None:
+        """Add to the gradients of some trained tensors (whole blocks) what penalties pull at them, in closed form."""
+
+    def finish(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> tuple[Params, Params]:
+        """What a device sends, and what it keeps for its next round."""
+        return {name: params[name].detach() for name in job.plan.trains}, {}
 
 
 def suffix_label(trained: int, blocks: int) -> str:
     """For people: "last 3 of 12"."""
     return f"last {trained} of {blocks}" if trained < blocks else f"all {blocks}"
+
+
+def share(size: int, fraction: float) -> int:
+    """Units kept of an axis: the fraction, rounded up, at least one."""
+    return max(1, math.ceil(round(fraction * size, 9)))

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lamina import model
 from lamina.job import Turn
-from lamina.layout import Layout
+from lamina.layout import Params
 from lamina.methods.base import Method, suffix_label
+from lamina.model import Spec
 from lamina.plan import Absent, Plan
 
 
@@ -35,8 +37,9 @@ class Caff(Method):
     group: ClassVar[str] = "blocks"
     source: ClassVar[str] = "arXiv 2411.07826"
 
-    def plans(self, layout: Layout, turn: Turn) -> Iterator[Plan]:
+    def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """The last t blocks, for t from all of them down to one."""
+        layout = model.layout(spec)
         holds = frozenset(layout.params)
         for trained in range(layout.blocks, 0, -1):
             names = layout.tail(trained)

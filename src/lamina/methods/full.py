@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lamina import model
 from lamina.job import Turn
-from lamina.layout import Layout
+from lamina.layout import Params
 from lamina.methods.base import Method, suffix_label
+from lamina.model import Spec
 from lamina.plan import Plan
 
 
@@ -26,7 +28,7 @@ class FedAvg(Method):
     group: ClassVar[str] = "full"
     source: ClassVar[str] = "McMahan et al. 2017"
 
-    def plans(self, layout: Layout, turn: Turn) -> Iterator[Plan]:
+    def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """One plan: everything."""
-        names = frozenset(layout.params)
-        yield Plan(names, names, label=suffix_label(layout.blocks, layout.blocks))
+        names = frozenset(model.layout(spec).params)
+        yield Plan(names, names, label=suffix_label(spec.blocks, spec.blocks))

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from lamina import model
 from lamina.job import Turn
-from lamina.layout import Layout
+from lamina.layout import Params
 from lamina.methods.base import Method, suffix_label
 from lamina.model import LINEARS, Lora, Spec
 from lamina.plan import Plan
@@ -57,8 +58,9 @@ class FedLora(Method):
         """Add A and B beside every target."""
         return replace(spec, lora=Lora(self.rank, self.alpha or 2.0 * self.rank, _TARGETS[self.targets]))
 
-    def plans(self, layout: Layout, turn: Turn) -> Iterator[Plan]:
+    def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """A and B of the last t blocks, and the head; A and B that no device ever trains are not held."""
+        layout = model.layout(spec)
         deepest = min(self.depth, layout.blocks) if isinstance(self.depth, int) else layout.blocks
         shallowest = 1 if self.depth == "budget" else deepest
         added = {name for name, row in layout.params.items() if row.part == "lora"}

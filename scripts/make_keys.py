@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from lamina.config import Experiment
 from lamina.data import TASKS
 from lamina.fleet import DeviceClass
 from lamina.job import Local
 from lamina.methods import METHODS
+from lamina.methods.about import meanings, readable, written
 from lamina.pretrain import Pretrain
 
 INTRO = """# Keys of the TOML files
@@ -39,9 +38,7 @@ def page() -> str:
 
 def section(title: str, cls: type, leave_out: tuple[str, ...] = ()) -> str:
     """One table of keys: what is accepted, the default, and what it is for."""
-    hints, words = get_type_hints(cls), {}
-    for base in reversed(cls.__mro__):
-        words |= attributes(inspect.getdoc(base) or "") if dataclasses.is_dataclass(base) else {}
+    hints, words = get_type_hints(cls), meanings(cls)
     lines = [f"## {title}", "", "| key | accepts | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         if field.name not in leave_out:
@@ -51,32 +48,11 @@ def section(title: str, cls: type, leave_out: tuple[str, ...] = ()) -> str:
     return "\n".join([*lines, ""])
 
 
-def attributes(doc: str) -> dict[str, str]:
-    """Name -> text of the Attributes part of a docstring."""
-    part = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", doc, re.DOTALL | re.MULTILINE)
-    found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", part[1] if part else "", re.DOTALL | re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
-
-
-def readable(hint: Any) -> str:
-    """A type as people write it in TOML."""
-    if get_origin(hint) is Literal:
-        return " | ".join(f'"{value}"' for value in get_args(hint))
-    if get_origin(hint) is tuple:
-        return f"list of {readable(get_args(hint)[0])}"
-    names = {str: "text", int: "integer", float: "number", bool: "true | false"}
-    parts = [readable(part) for part in get_args(hint) if part is not type(None)]
-    return " | ".join(parts) or names[hint]
-
-
 def default(field: Any) -> str:
-    """A default as it stands in TOML; nothing for a key that must be given or may be absent."""
+    """A default; nothing for a key that may be absent."""
     if field.default is dataclasses.MISSING:
         return "must be given"
-    if field.default is None:
-        return ""
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return "" if field.default is None else f"`{written(field.default)}`"
 
 
 def main() -> None:

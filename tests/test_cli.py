@@ -351,17 +351,22 @@ def test_methods_lists_every_row(lamina: Call) -> None:
     assert (code, err, listed["schema"]) == (0, "", "lamina.methods/1")
     assert [row["name"] for row in listed["methods"]] == list(METHODS)
     for row, method in zip(listed["methods"], METHODS.values(), strict=True):
-        assert list(row) == ["name", "group", "summary", "source", "fields"]
-        assert all(row[key] for key in row)
-        assert {key: field["default"] for key, field in row["fields"].items()} == vars(method())
-    lora = listed["methods"][list(METHODS).index("lora")]["fields"]
-    assert lora["depth"]["accepts"] == '"all" | "budget" | int'
-    assert lora["train_head"]["accepts"] == "bool"
+        keys = ["name", "group", "summary", "source", "cuts", "note", "tasks", "stateful", "lossy", "fields"]
+        assert list(row) == keys
+        defaults = {key: getattr(method(), key) for key in vars(method())}
+        assert {key: field["default"] for key, field in row["fields"].items()} == json.loads(json.dumps(defaults))
+        assert all(field["accepts"] and field["meaning"] for field in row["fields"].values())
     code, out, _ = lamina("methods")
     assert code == 0
+    words = out.split()
     for row in listed["methods"]:
-        assert f"{row['name']} ({row['group']}; {row['source']})" in out
-        assert all(key in out for key in row["fields"])
+        assert f"{row['name']} ({row['group']}):" in out
+        assert row["fields"].keys() <= set(words)
+    code, out, _ = lamina("methods", "lora", "--json")
+    (lora,) = json.loads(out)["methods"]
+    assert lora["fields"]["depth"]["accepts"] == '"all" | "budget" | integer'
+    assert lora["fields"]["train_head"] | {"meaning": ""} == {"accepts": "true | false", "default": True, "meaning": ""}
+    one_line(lamina("methods", "lorra"), "no method 'lorra'; did you mean 'lora'? accepted: fedavg, ")
 
 
 def test_pretrain_json_is_a_line_per_point(lamina: Call, tmp_path: Path) -> None:

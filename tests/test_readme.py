@@ -25,6 +25,17 @@ def test_the_page_of_keys_is_that_of_the_code() -> None:
     assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == page
 
 
+def test_the_page_of_methods_is_that_of_the_code() -> None:
+    """`python scripts/make_methods.py docs/methods.md` makes it anew."""
+    page = runpy.run_path(str(ROOT / "scripts" / "make_methods.py"))["page"]()
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == page
+
+
+def test_methods_stand_by_group() -> None:
+    groups = [cls.group for cls in METHODS.values()]
+    assert groups == sorted(groups, key=groups.index)
+
+
 def shown_plans() -> list[tuple[str, list[str]]]:
     """Each `lamina plan` that the pages show, with the lines that they show of it; "..." leaves some out."""
     found: list[tuple[str, list[str]]] = []

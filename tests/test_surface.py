@@ -54,7 +54,7 @@ KEYS = {
 OPTIONS = {
     "run": "FILE --set --resume --out --json",
     "plan": "FILE --set --measure --why --json",
-    "methods": "--json",
+    "methods": "NAMES --json",
     "pretrain": "FILE --set --json",
 }
 

@@ -7,7 +7,7 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -137,33 +137,26 @@ def _explain(experiment: Experiment, outlook: Outlook, name: str, as_json: bool)
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List the methods, their sources and their settings."""
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these methods.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods: what they cut, what they can and cannot do, their sources and their settings."""
+    from lamina import tables
+    from lamina.errors import nearest
     from lamina.methods import METHODS
-    from lamina.tables import Table
+    from lamina.methods.about import describe
     from lamina.view import View
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "group": cls.group,
-            "summary": (cls.__doc__ or "").strip().splitlines()[0],
-            "source": cls.source,
-            "fields": {
-                f.name: {"accepts": _readable(hints[f.name]), "default": f.default} for f in dataclasses.fields(cls)
-            },
-        }
-        for name, cls in METHODS.items()
-        if (hints := get_type_hints(cls))
-    ]
+    if unknown := [name for name in names or () if name not in METHODS]:
+        raise UserError(f"no method {unknown[0]!r}; {nearest(unknown[0], METHODS)}")
+    rows: list[dict[str, Any]] = [describe(name) for name in names or METHODS]
     if as_json:
         _print_json({"schema": "lamina.methods/1", "methods": rows})
         return
     view = View()
-    for row in rows:
-        fields = [(key, each["accepts"], json.dumps(each["default"])) for key, each in row["fields"].items()]
-        title = f"{row['name']} ({row['group']}; {row['source']})\n{row['summary']}"
-        view.table(Table(title, ("field", "accepts", "default"), fields, left=3))
+    for table in tables.methods(rows):
+        view.table(table)
 
 
 @app.command()
@@ -185,13 +178,6 @@ def pretrain(file: File, overrides: Set = NOTHING, as_json: Json = False) -> Non
         view.say("stopped; the same command goes on from the last checkpoint")
         raise typer.Exit(130) from None
     view.say(f"networks in {job.out}: {', '.join(f'{job.name}-{depth}' for depth in job.depths)}")
-
-
-def _readable(hint: Any) -> str:
-    """A type as a list of what is accepted: "skip" | "keep", or int."""
-    if get_origin(hint) is Literal:
-        return " | ".join(map(json.dumps, get_args(hint)))
-    return " | ".join(map(_readable, get_args(hint))) or hint.__name__
 
 
 def _print_json(value: Any) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lamina.fleet import RESOURCES
+from lamina.methods.about import meanings, own_fields, written
+from lamina.methods.base import Method
 from lamina.units import human
 
 _BAR = 28
@@ -186,6 +188,35 @@ def totals(summary: Mapping[str, Any]) -> Table:
         ("wall time", f"{spent['seconds']:.0f} s"),
     ]
     return Table("Totals", ("", ""), rows)
+
+
+def methods(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What there is to know of each method; settings that are the same for all come last."""
+    made = []
+    for row in rows:
+        about = [
+            ("source", row["source"]),
+            ("cuts", row["cuts"]),
+            ("memory", row["note"]),
+            ("tasks", ", ".join(row["tasks"])),
+            ("a device keeps", row["stateful"] or "nothing"),
+            *_settings(own_fields(row)),
+        ]
+        made.append(Table(f"{row['name']} ({row['group']}): {row['summary']}", ("", ""), about, left=2))
+    common = {
+        f.name: {
+            "default": f.default,
+            "accepts": rows[0]["fields"][f.name]["accepts"],
+            "meaning": meanings(Method)[f.name],
+        }
+        for f in fields(Method)
+    }
+    title = "Settings of every method, and their defaults where nothing else is said"
+    return [*made, Table(title, ("", ""), _settings(common), left=2)]
+
+
+def _settings(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key, f"{written(each['default'])}  ({each['accepts']}) {each['meaning']}") for key, each in found.items()]
 
 
 def of_classes(rows: Sequence[Mapping[str, Any]]) -> list[Table]:

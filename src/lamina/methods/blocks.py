@@ -36,6 +36,10 @@ class Caff(Method):
 
     group: ClassVar[str] = "blocks"
     source: ClassVar[str] = "arXiv 2411.07826"
+    cuts: ClassVar[str] = "training of the first blocks"
+    note: ClassVar[str] = (
+        "Gradients, optimizer states and activations of the last t blocks only; the frozen weights are still held."
+    )
 
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """The last t blocks, for t from all of them down to one."""

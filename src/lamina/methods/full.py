@@ -27,6 +27,7 @@ class FedAvg(Method):
 
     group: ClassVar[str] = "full"
     source: ClassVar[str] = "McMahan et al. 2017"
+    note: ClassVar[str] = "Weights, gradients, optimizer states and activations of the whole network."
 
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """One plan: everything."""

@@ -40,6 +40,10 @@ class FedLora(Method):
 
     group: ClassVar[str] = "added"
     source: ClassVar[str] = "Hu et al. 2022; Zhang et al. 2024"
+    cuts: ClassVar[str] = "training of the weights themselves"
+    note: ClassVar[str] = (
+        "Saves gradients and optimizer states, but hardly any activations, which dominate in small networks."
+    )
 
     def __post_init__(self) -> None:
         """Refuse sizes that mean nothing.

@@ -24,11 +24,23 @@ Made by `python scripts/make_keys.py docs/keys.md` from the docstrings. Every ke
 `--set local.lr=0.003`, `--set fleet.weak.memory="48 MiB"`; `--set task.devices=` unsets one.
 """
 
+COMPARISON = """## Top level of a comparison
+
+`lamina compare` takes the same file with these keys in the place of `seed` and `[method]`:
+
+| key | accepts | default | |
+|---|---|---|---|
+| `seeds` | list of integers | `[0]` | Every method runs with each of them. |
+| `[[methods]]` | tables | must be given | `[method]` tables; each may have a `label` and a `local` table. |
+| `on_infeasible` | as in `[method]` | `"drop"` | Of the methods that do not say. |
+"""
+
 
 def page() -> str:
     """The whole page."""
     tables = ("task", "method", "local", "fleet")
     parts = [INTRO, section("Top level of an experiment", Experiment, leave_out=tables)]
+    parts += [COMPARISON]
     parts += [section(f'`[task]` with `name = "{name}"`', cls) for name, cls in TASKS.items()]
     parts += [section(f'`[method]` with `name = "{name}"`', cls) for name, cls in METHODS.items()]
     parts += [section("`[local]`", Local), section("`[[fleet]]`, one per device class", DeviceClass)]

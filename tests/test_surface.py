@@ -54,6 +54,7 @@ KEYS = {
 OPTIONS = {
     "run": "FILE --set --resume --out --json",
     "plan": "FILE --set --measure --why --json",
+    "compare": "FILE --set --out --json",
     "methods": "NAMES --json",
     "pretrain": "FILE --set --json",
 }
@@ -82,6 +83,8 @@ def test_the_examples_are_accepted(path: Path) -> None:
     if path.name.startswith("pretrain"):
         job = config.load_pretrain(path)
         assert len(job.steps) == len(job.depths)
+    elif path.name.startswith("compare"):
+        assert len(config.load_comparison(path).experiments) > 1
     else:
         made = config.load_experiment(path)
         assert config.experiment(tomllib.loads(config.dump(made.to_table())), "again") == made

@@ -137,6 +137,46 @@ def _explain(experiment: Experiment, outlook: Outlook, name: str, as_json: bool)
 
 
 @app.command()
+def compare(
+    file: File,
+    overrides: Set = NOTHING,
+    out: Annotated[Path, typer.Option(help="Where the folder of the comparison goes.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Run methods x seeds under the same fleet and show one table; the same command goes on after a stop."""
+    from lamina import config, tables
+    from lamina.compare import cells, collect, run_cell, save
+    from lamina.view import View
+
+    view = View(quiet=as_json)
+    comparison = config.load_comparison(file, overrides)
+    found, folder = list(cells(comparison, out)), out / comparison.name
+    misfits: dict[str, str] = {}
+    with view.cells(len(found)) as live:
+        try:
+            for cell in found:
+                what = f"{cell.label}, seed {cell.experiment.seed}"
+                known = cell.result() or cell.label in misfits
+                if not known:
+                    live.begin(what)
+                    run_cell(cell, misfits, live.play)
+                live.done(what, cell.result(), misfits.get(cell.label), known=bool(known))
+                save(folder, collect(comparison, found, misfits))
+        except KeyboardInterrupt:
+            view.say("stopped; the same command goes on")
+            raise typer.Exit(130) from None
+    collected = collect(comparison, found, misfits)
+    if as_json:
+        _print_json(collected)
+        return
+    for table in tables.comparison(collected):
+        view.table(table)
+    for label, reason in misfits.items():
+        view.say(f"{label} does not fit: {reason}")
+    view.say(f"table {folder / 'compare.md'}, runs {folder}")
+
+
+@app.command()
 def methods(
     names: Annotated[list[str] | None, typer.Argument(help="Only these methods.", show_default=False)] = None,
     as_json: Json = False,

@@ -92,6 +92,55 @@ class Experiment:
         return table
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Experiments that differ in the method alone, or in little besides, each with every seed.
+
+    Attributes:
+        name: Of the comparison.
+        seeds: Of the runs.
+        experiments: One per method, with its label.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    experiments: tuple[tuple[str, Experiment], ...]
+
+
+def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
+    """The comparison in a TOML file: an experiment with `seeds` and [[methods]] in the place of `seed` and [method].
+
+    Each of [[methods]] is a [method] table with, if wanted, a `label`, and a `local` table whose keys go before
+    those of [local]. `on_infeasible` at the top, "drop" by default, is that of methods that do not say.
+
+    Raises:
+        UserError: The file is missing or not TOML, or a key or value is not accepted.
+    """
+    table, where = _read(path, overrides), str(path)
+    known = [f.name for f in dataclasses.fields(Experiment) if f.name not in ("seed", "method")]
+    for key in table:
+        if key not in (names := [*known, "seeds", "methods", "on_infeasible"]):
+            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, names)}")
+    seeds, methods = table.pop("seeds", [0]), table.pop("methods", [])
+    if not isinstance(seeds, list) or not seeds or not all(type(each) is int and each >= 0 for each in seeds):
+        raise UserError(f"{where}: seeds must be a list of integers from 0 on, at least one, got {seeds!r}")
+    if not isinstance(methods, list) or not methods or not all(isinstance(each, Mapping) for each in methods):
+        raise UserError(f"{where}: methods must be written as [[methods]] tables, one per method, at least one")
+    common = {"on_infeasible": table.pop("on_infeasible", "drop")}
+    experiments: dict[str, Experiment] = {}
+    for number, each in enumerate(methods, 1):
+        entry = dict(each)
+        label, local = str(entry.pop("label", entry.get("name"))), entry.pop("local", {})
+        if label in experiments:
+            raise UserError(f"{where}: [[methods]] {number}: there is another {label!r}; give one of them a label")
+        if not isinstance(local, Mapping):
+            raise UserError(f"{where}: [[methods]] {number}: local must be a table, got {local!r}")
+        merged = table | {"method": common | entry, "local": dict(table.get("local", {})) | dict(local)}
+        experiments[label] = experiment(merged, f"{where}: [[methods]] {number}")
+    first = next(iter(experiments.values()))
+    return Comparison(first.name, tuple(dict.fromkeys(seeds)), tuple(experiments.items()))
+
+
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment in a TOML file, after `key.sub=value` overrides.
 
@@ -140,13 +189,15 @@ def dump(table: Mapping[str, Any]) -> str:
         elif value is not None:
             lines.append(f"{key} = {_toml(value)}")
     for head, content in tables:
-        lines += ["", head, dump(content).rstrip("\n")]
+        lines += ["", head, *(f"{key} = {_toml(value)}" for key, value in content.items() if value is not None)]
     return "\n".join(lines) + "\n"
 
 
 def _toml(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key} = {_toml(each)}' for key, each in value.items())}}}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

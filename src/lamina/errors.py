@@ -10,6 +10,10 @@ class UserError(Exception):
     """Something the user can put right. The message is shown as one line, without a traceback."""
 
 
+class DoesNotFitError(UserError):
+    """No network has a plan that the budgets allow."""
+
+
 def nearest(given: str, accepted: Iterable[str]) -> str:
     """A hint at the accepted name nearest to what was given, then the list of all."""
     accepted = list(accepted)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lamina import model
 from lamina.cost import Cost, cost
-from lamina.errors import UserError
+from lamina.errors import DoesNotFitError
 from lamina.fleet import RESOURCES, Budget
 from lamina.job import Local, Turn
 from lamina.layout import Params
@@ -305,7 +305,7 @@ def choose_network(
     A frozen block costs little next to a trained one, so ties are common; the deepest was pretrained best.
 
     Raises:
-        UserError: No network is feasible; the message names the class, the resource and what would help.
+        DoesNotFitError: No network is feasible; the message names the class, the resource and what would help.
     """
     able = [candidate for candidate in candidates if candidate.feasible]
     if able:
@@ -338,4 +338,4 @@ def choose_network(
         if choose_plan(method, spec, budget_of, smaller, tokens, more, turn, levers).plan:
             remedies.insert(0, f"local.batch_size = {size}")
             break
-    raise UserError(f"{text}; try {' or '.join(filter(None, (', '.join(remedies[:-1]), remedies[-1])))}")
+    raise DoesNotFitError(f"{text}; try {' or '.join(filter(None, (', '.join(remedies[:-1]), remedies[-1])))}")

@@ -96,9 +96,9 @@ class Run:
 
     def score(self) -> Score:
         """Accuracy of the global network now."""
-        return evaluate(*self._deployed(), self.task.test, self.task.scored, self.workers)
+        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers)
 
-    def _deployed(self) -> tuple[Spec, Params]:
+    def deployed(self) -> tuple[Spec, Params]:
         """The network that the method hands out now."""
         done = Turn(self.experiment.seed, self.state.round - 1, self.experiment.rounds)
         return self.experiment.method.deploy(self.outlook.chosen.spec, self.state.params, done, self.state.memory)
@@ -198,7 +198,7 @@ class Run:
         assert self.before is not None and self.after is not None
         checkpoint.write(
             self.folder / "model",
-            *self._deployed(),
+            *self.deployed(),
             torch.float32,
             {"alphabet": ALPHABET},
         )
@@ -235,14 +235,14 @@ class Run:
         return [sum(block in each for each in trained) / max(1, len(trained)) for block in blocks]
 
 
-def start(experiment: Experiment, root: Path) -> Run:
-    """Prepare a new run in a new folder under `root`.
+def start(experiment: Experiment, root: Path, name: str = "") -> Run:
+    """Prepare a new run in a new folder under `root`, called `name` if given.
 
     Raises:
         UserError: Nothing fits, or data or a network cannot be used; then no folder is left behind.
     """
     run = _prepare(experiment)
-    run.folder = _new_folder(experiment, root)
+    run.folder = _new_folder(experiment, root, name)
     files.write(run.folder / "config.toml", config.dump(_anchored(experiment).to_table()))
     files.write_json(run.folder / "env.json", environment())
     return run
@@ -322,10 +322,10 @@ def _prepare(experiment: Experiment) -> Run:
         demand_limits()
     task = load_task(experiment)
     outlook = look_ahead(experiment, task)
-    return Run(Path(), experiment, outlook, task, _first_state(experiment, outlook))
+    return Run(Path(), experiment, outlook, task, first_state(experiment, outlook))
 
 
-def _first_state(experiment: Experiment, outlook: Outlook) -> State:
+def first_state(experiment: Experiment, outlook: Outlook) -> State:
     """The pretrained network, and whatever the method adds, freshly drawn."""
     _, pretrained = checkpoint.load(outlook.folder)
     spec, method = outlook.chosen.spec, experiment.method
@@ -339,14 +339,14 @@ def _first_state(experiment: Experiment, outlook: Outlook) -> State:
     return State(0, params, changed, {}, memory)
 
 
-def _new_folder(experiment: Experiment, root: Path) -> Path:
-    digest = files.digest(config.dump(experiment.to_table()).encode())[:8]
+def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:
+    name = name or f"{experiment.name}-{files.digest(config.dump(experiment.to_table()).encode())[:8]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run folders cannot go to {root}: {error.strerror}") from error
     for count in range(1, sys.maxsize):
-        folder = root / (f"{experiment.name}-{digest}" + (f"-{count}" if count > 1 else ""))
+        folder = root / (name + (f"-{count}" if count > 1 else ""))
         try:
             folder.mkdir()
             return folder

@@ -235,13 +235,66 @@ def of_summary(summary: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def markdown(summary: Mapping[str, Any], coverage: Sequence[float]) -> str:
-    """report.md: the tables, and how often each block was trained."""
-    blocks = [(f"block {i}", f"{share:.0%}", "#" * round(30 * share)) for i, share in enumerate(coverage)]
-    cover = Table("Blocks: share of updates that trained each", ("", "share", ""), blocks)
-    parts = [f"# {summary['name']}: {summary['method']} on {summary['network']['chosen']}"]
-    for table in [*of_summary(summary), cover]:
+def comparison(collected: Mapping[str, Any]) -> list[Table]:
+    """The result and the cost of each method, and what each class held and trained for it."""
+    done = [row for row in collected["methods"] if row["seeds"]]
+    names = [each["name"] for each in done[0]["classes"]] if done else []
+    results, classes = [], []
+    for row in collected["methods"]:
+        if not row["seeds"]:
+            results.append((row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(names) + 5)))
+            continue
+        after, totals = row["accuracy"]["after"], row["totals"]
+        results.append(
+            (
+                row["label"],
+                _percent(after["mean_over_devices"]),
+                _percent(after["p10"]),
+                *(_percent(each["accuracy"]) if each["accuracy"] else "" for each in row["classes"]),
+                f"{row['took_part']:.0%}",
+                *(human("bytes", round(totals[key])) for key in ("up_bytes", "down_bytes")),
+                human("flops", round(totals["flops"])),
+            )
+        )
+        for i, each in enumerate(row["classes"]):
+            used, there = each["predicted"], each["plan"] is not None
+            cells = (
+                "" if i else row["label"],
+                "" if i else row["network"],
+                each["name"],
+                each["plan"] or "does not fit",
+            )
+            held = human("bytes", used["down_bytes"]) if there else ""
+            memory = human("memory_bytes", used["memory_bytes"], each["budget"]["memory_bytes"])
+            classes.append((*cells, ", ".join(each["levers"]), held, memory))
+    seeds = len(collected["seeds"])
+    title = f"Accuracy in % and cost, {seeds} seed{'s' * (seeds != 1)} (mean±std; part: devices that took part)"
+    head = ("method", "mean", "p10", *names, "part", "up", "down", "FLOPs")
+    held_head = ("method", "network", "class", "trains blocks", "levers", "holds", "memory")
+    return [
+        Table(title, head, results),
+        Table("What each class held and trained, and the memory it takes at the peak", held_head, classes, left=5),
+    ]
+
+
+def _percent(found: Mapping[str, float | None]) -> str:
+    assert found["mean"] is not None
+    return f"{100 * found['mean']:.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
+
+
+def page(title: str, shown: Sequence[Table]) -> str:
+    """Tables as a page of Markdown."""
+    parts = [f"# {title}"]
+    for table in shown:
         rules = [":--" if i < table.left else "--:" for i in range(len(table.head))]
         lines = [table.head, rules, *table.rows]
         parts += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown(summary: Mapping[str, Any], coverage: Sequence[float]) -> str:
+    """report.md: the tables, and how often each block was trained."""
+    blocks = [(f"block {i}", f"{share:.0%}", "#" * round(30 * share)) for i, share in enumerate(coverage)]
+    cover = Table("Blocks: share of updates that trained each", ("", "share", ""), blocks)
+    title = f"{summary['name']}: {summary['method']} on {summary['network']['chosen']}"
+    return page(title, [*of_summary(summary), cover])

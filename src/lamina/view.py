@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from lamina.pretrain import Pretrain
 from lamina.pretrain import Progress as Point
-from lamina.run import RoundRow
+from lamina.run import RoundRow, Run
 from lamina.server import DeviceRow
 from lamina.tables import Table
 
@@ -83,6 +84,55 @@ class View:
                 )
 
             yield show
+
+    @contextmanager
+    def cells(self, cells: int) -> Iterator[LiveCells]:
+        """A live bar over the cells of a comparison."""
+        columns = (
+            TextColumn("run {task.fields[number]}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
+            yield LiveCells(self, bar, bar.add_task("", total=cells, note="", number=0))
+
+
+class LiveCells:
+    """Shows a comparison as it goes."""
+
+    def __init__(self, view: View, bar: Progress, task: TaskID) -> None:
+        """Begin."""
+        self._view, self._bar, self._task, self._done, self._what = view, bar, task, 0, ""
+
+    def begin(self, what: str) -> None:
+        """A cell is taken up."""
+        self._what = what
+        self._bar.update(self._task, note=f"{what}: planning", number=self._done + 1)
+
+    def play(self, run: Run) -> None:
+        """Play a run to its end, within its cell."""
+        rounds = run.experiment.rounds
+
+        def show(done: int, jobs: int) -> None:
+            at = run.state.round + done / jobs
+            note = f"{self._what}: round {run.state.round + 1}/{rounds}"
+            self._bar.update(self._task, completed=self._done + at / rounds, note=note)
+
+        run.play(on_progress=show)
+
+    def done(self, what: str, result: Mapping[str, Any] | None, misfit: str | None, known: bool) -> None:
+        """A cell is finished: one line."""
+        self._done += 1
+        self._bar.update(self._task, completed=self._done, note=what, number=self._done)
+        if result:
+            before, after = (result["accuracy"][when]["mean_over_devices"] for when in ("before", "after"))
+            text = f"{before:.2%} -> {after:.2%}, {result['totals']['seconds']:.0f} s"
+        else:
+            text = "does not fit" if misfit else "not run"
+        self._view.say(f"{what}: {text}{', done before' if known and result else ''}")
 
 
 class LiveRounds:

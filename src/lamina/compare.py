@@ -1,0 +1,138 @@
+"""Methods x seeds under one ruler: every cell is a run of its own, in a folder of its own, and is done once.
+
+    <out>/<name>/<label>-<seed>-<digest>/   a run folder; the digest is of its settings
+    <out>/<name>/compare.json, compare.md   the table of all cells done so far
+
+The same command goes on where it was stopped, within a cell too. A method that is added to the file adds its cells.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from lamina import config, files, tables
+from lamina.config import Comparison, Experiment
+from lamina.errors import DoesNotFitError
+from lamina.run import Run, resume, start
+
+SCHEMA = "lamina.compare/1"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with one seed.
+
+    Attributes:
+        label: Of the method.
+        experiment: To run.
+        folder: Of the run.
+    """
+
+    label: str
+    experiment: Experiment
+    folder: Path
+
+    def result(self) -> dict[str, Any] | None:
+        """Its summary; None where it is not done."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def prepare(self) -> Run:
+        """The run, taken up where it was stopped if it was.
+
+        Raises:
+            DoesNotFitError: The budgets allow no plan.
+        """
+        if (self.folder / "config.toml").exists():
+            return resume(self.folder)
+        return start(self.experiment, self.folder.parent, self.folder.name)
+
+
+def cells(comparison: Comparison, out: Path) -> Iterator[Cell]:
+    """All of them, seed by seed, so that the first table is complete early."""
+    for seed in comparison.seeds:
+        for label, experiment in comparison.experiments:
+            made = replace(experiment, seed=seed)
+            digest = files.digest(config.dump(replace(made, workers=0).to_table()).encode())[:8]
+            short = re.sub(r"[^\w.]+", "-", label).strip("-")
+            yield Cell(label, made, out / comparison.name / f"{short}-{seed}-{digest}")
+
+
+def collect(comparison: Comparison, found: Sequence[Cell], misfits: Mapping[str, str]) -> dict[str, Any]:
+    """What compare.json holds; documented in docs/json.md.
+
+    Args:
+        comparison: What is compared.
+        found: All cells.
+        misfits: Label -> why the method cannot run on this fleet at all.
+    """
+    rows = []
+    for label, _ in comparison.experiments:
+        results = {cell.experiment.seed: cell.result() for cell in found if cell.label == label}
+        done = {seed: each for seed, each in results.items() if each}
+        rows.append(_row(label, done) if done else {"label": label, "seeds": [], "misfit": misfits.get(label)})
+    return {"schema": SCHEMA, "name": comparison.name, "seeds": list(comparison.seeds), "methods": rows}
+
+
+def save(folder: Path, collected: Mapping[str, Any]) -> None:
+    """Write compare.json and compare.md."""
+    files.write_json(folder / "compare.json", dict(collected))
+    files.write(
+        folder / "compare.md", tables.page(f"{collected['name']}: methods compared", tables.comparison(collected))
+    )
+
+
+def run_cell(cell: Cell, misfits: dict[str, str], play: Callable[[Run], None]) -> None:
+    """Do what is left of a cell; if its method does not fit, the reason goes into `misfits`."""
+    try:
+        current = cell.prepare()
+    except DoesNotFitError as error:
+        misfits[cell.label] = str(error)
+        return
+    with files.lock(current.folder):
+        play(current)
+
+
+def _row(label: str, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds; plans and prices are those of the first."""
+    results = list(done.values())
+    first = results[0]
+    devices = sum(each["devices"] for each in first["classes"])
+    return {
+        "label": label,
+        "method": first["method"],
+        "seeds": list(done),
+        "misfit": None,
+        "network": first["network"]["chosen"],
+        "accuracy": {
+            when: {
+                kind: _spread([each["accuracy"][when][kind] for each in results]) for kind in first["accuracy"][when]
+            }
+            for when in first["accuracy"]
+        },
+        "took_part": 1 - fmean(sum(each["sat_out"] for each in result["classes"]) / devices for result in results),
+        "totals": {key: fmean(each["totals"][key] for each in results) for key in first["totals"]},
+        "classes": [
+            {key: each[key] for key in ("name", "devices", "plan", "levers", "trained_blocks", "predicted", "budget")}
+            | {"accuracy": _of_class(results, index)}
+            for index, each in enumerate(first["classes"])
+        ],
+    }
+
+
+def _of_class(results: Sequence[dict[str, Any]], index: int) -> dict[str, Any] | None:
+    """Accuracy after the run over the devices of a class."""
+    found = [each["classes"][index]["accuracy"] for each in results]
+    kept = [each["after"]["mean_over_devices"] for each in found if each]
+    return _spread(kept) if kept else None
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, and the standard deviation over seeds where there are two or more."""
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}

@@ -1,0 +1,172 @@
+"""Comparisons: what their files may say, cells that are done once, what is collected."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+from support import Table, memory, outcome, write_world
+
+from lamina import compare, config, tables
+from lamina.cli import main
+from lamina.compare import cells, collect, run_cell
+from lamina.config import Comparison
+from lamina.errors import UserError
+from lamina.run import Run
+
+Call = Callable[..., tuple[int | str | None, str, str]]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    """Three methods and two seeds on tiny-3; LoRA fits no class, full training the strong one alone."""
+    made = write_world(tmp_path, rounds=2)
+    del made["method"]
+    made["networks"] = made["networks"][1:]
+    made["fleet"] = [{"name": "strong", "memory": memory(3, 3)}, {"name": "weak", "memory": memory(3, 1)}]
+    made["seeds"] = [3, 1]
+    made["methods"] = [
+        {"name": "caff"},
+        {"name": "fedavg", "label": "full, drop"},
+        {"name": "lora", "rank": 64, "on_infeasible": "reject", "local": {"lr": 0.05}},
+    ]
+    return made
+
+
+def written(table: Table, folder: Path) -> Path:
+    path = folder / "compare.toml"
+    path.write_text(config.dump(table), encoding="utf-8")
+    return path
+
+
+def load(table: Table, folder: Path, *overrides: str) -> Comparison:
+    return config.load_comparison(written(table, folder), overrides)
+
+
+def finish(run: Run) -> None:
+    run.play()
+
+
+@pytest.fixture
+def lamina(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command line: code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr("sys.argv", ["lamina", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_a_file_gives_an_experiment_per_method(table: Table, tmp_path: Path) -> None:
+    made = load(table, tmp_path)
+    assert (made.name, made.seeds) == ("tiny", (3, 1))
+    (a, caff), (b, full), (c, lora) = made.experiments
+    assert (a, b, c) == ("caff", "full, drop", "lora")
+    assert [each.method.on_infeasible for each in (caff, full, lora)] == ["drop", "drop", "reject"]
+    assert (caff.local.lr, lora.local.lr, lora.local.steps) == (0.02, 0.05, caff.local.steps)
+    assert caff.fleet == full.fleet == lora.fleet
+    changed = load(table | {"on_infeasible": "ignore"}, tmp_path, "methods.lora.rank=2", "local.lr=0.1")
+    (_, caff), _, (_, lora) = changed.experiments
+    assert (caff.method.on_infeasible, lora.method.on_infeasible) == ("ignore", "reject")
+    assert (vars(lora.method)["rank"], caff.local.lr, lora.local.lr) == (2, 0.1, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    {
+        "seed": ({"seed": 3}, r"unknown key 'seed'; did you mean 'seeds'\? accepted: "),
+        "method": ({"method": {"name": "caff"}}, r"unknown key 'method'; did you mean 'methods'\?"),
+        "no seeds": ({"seeds": []}, r"seeds must be a list of integers from 0 on, at least one, got \[\]"),
+        "odd seeds": ({"seeds": [1, -1]}, r"seeds must be .*got \[1, -1\]"),
+        "one seed": ({"seeds": 3}, r"seeds must be .*got 3"),
+        "no methods": ({"methods": []}, r"methods must be written as \[\[methods\]\] tables"),
+        "words": ({"methods": ["caff"]}, r"methods must be written as \[\[methods\]\] tables"),
+        "twice": (
+            {"methods": [{"name": "caff"}, {"name": "caff", "train_head": False}]},
+            r"\[\[methods\]\] 2: there is another 'caff'; give one of them a label",
+        ),
+        "no such": (
+            {"methods": [{"name": "caf"}]},
+            r"\[\[methods\]\] 1: \[method\]: unknown name 'caf'; did you mean 'caff'",
+        ),
+        "key": ({"methods": [{"name": "caff", "rnk": 2}]}, r"\[\[methods\]\] 1: \[method\] caff: unknown key 'rnk'"),
+        "local": ({"methods": [{"name": "caff", "local": 3}]}, r"\[\[methods\]\] 1: local must be a table, got 3"),
+    }.values(),
+)
+def test_bad_files_are_refused(change: Table, message: str, table: Table, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load(table | change, tmp_path)
+
+
+def test_the_whole_of_it(table: Table, tmp_path: Path, lamina: Call) -> None:
+    file, out = written(table, tmp_path), tmp_path / "out"
+    code, text, err = lamina("compare", file, "--out", out, "--json")
+    said = json.loads(text)
+    assert code == 0 and said == json.loads((out / "tiny" / "compare.json").read_text())
+    assert err.count("caff, seed") == 2 and err.count("lora, seed 3: does not fit") == 1
+    assert (said["schema"], said["name"], said["seeds"]) == ("lamina.compare/1", "tiny", [3, 1])
+    caff, full, lora = said["methods"]
+    assert (lora["label"], lora["seeds"]) == ("lora", []) and "fits no plan of tiny-3" in lora["misfit"]
+    folders = sorted((out / "tiny").glob("caff-*-*/summary.json"))
+    results = [json.loads(path.read_text()) for path in folders]
+    means = [each["accuracy"]["after"]["mean_over_devices"] for each in results]
+    assert caff["accuracy"]["after"]["mean_over_devices"] == pytest.approx({"mean": fmean(means), "std": stdev(means)})
+    assert caff["totals"]["up_bytes"] == fmean(each["totals"]["up_bytes"] for each in results)
+    assert (caff["took_part"], full["took_part"]) == (1.0, 0.5)
+    assert [each["plan"] for each in caff["classes"]] == ["all 3", "last 1 of 3"]
+    assert [each["plan"] for each in full["classes"]] == ["all 3", None]
+    weak = [each["classes"][1]["accuracy"]["after"]["mean_over_devices"] for each in results]
+    assert caff["classes"][1]["accuracy"]["mean"] == pytest.approx(fmean(weak))
+    code, text, _ = lamina("compare", file, "--out", out)
+    assert code == 0 and text.count("done before") == 4
+    assert "caff" in text and "lora does not fit: class 'strong' fits no plan" in text
+    page = (out / "tiny" / "compare.md").read_text()
+    assert "| full, drop |  | " not in page and "does not fit" in page and "50%" in page
+
+
+def test_a_cell_that_was_stopped_goes_on_as_if_it_was_not(table: Table, tmp_path: Path) -> None:
+    comparison, misfits = load(table, tmp_path), dict[str, str]()
+    whole = next(cells(comparison, tmp_path / "whole"))
+    run_cell(whole, misfits, finish)
+    cell = next(cells(comparison, tmp_path / "stopped"))
+
+    def stop(run: Run) -> None:
+        def once(row: Any, devices: Any) -> None:
+            raise KeyboardInterrupt
+
+        run.play(once)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell, misfits, stop)
+    assert cell.result() is None
+    collected = collect(comparison, [cell], misfits)
+    assert [row["seeds"] for row in collected["methods"]] == [[], [], []]
+    assert "not run" in str(tables.comparison(collected)[0].rows)
+    run_cell(cell, misfits, finish)
+    assert outcome(cell.folder) == outcome(whole.folder)
+
+
+def test_cells_are_known_by_their_settings(table: Table, tmp_path: Path) -> None:
+    """Another method or seed in the file leaves the others' cells where they are; another setting does not."""
+    before = {cell.folder for cell in cells(load(table, tmp_path), tmp_path)}
+    assert len(before) == 6
+    more = table | {"methods": [*table["methods"], {"name": "caff", "label": "cold", "train_head": False}]}
+    assert before < {cell.folder for cell in cells(load(more | {"seeds": [3, 1, 4]}, tmp_path), tmp_path)}
+    assert before == {cell.folder for cell in cells(load(table | {"workers": 2}, tmp_path), tmp_path)}
+    assert before.isdisjoint(cell.folder for cell in cells(load(table | {"rounds": 5}, tmp_path), tmp_path))
+    seeds = [cell.experiment.seed for cell in cells(load(table, tmp_path), tmp_path)]
+    assert seeds == [3, 3, 3, 1, 1, 1]
+
+
+def test_one_seed_has_no_spread(table: Table, tmp_path: Path) -> None:
+    comparison = load(table | {"seeds": [3], "methods": [{"name": "caff"}]}, tmp_path)
+    found = list(cells(comparison, tmp_path))
+    run_cell(found[0], {}, finish)
+    (row,) = compare.collect(comparison, found, {})["methods"]
+    assert row["accuracy"]["after"]["p10"]["std"] is None
+    assert "±" not in str(tables.comparison({"seeds": [3], "methods": [row]})[0].rows)

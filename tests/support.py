@@ -20,6 +20,7 @@ from lamina.layout import Params
 from lamina.methods import METHODS, Method
 from lamina.methods.blocks import Caff
 from lamina.methods.lora import FedLora
+from lamina.methods.lowrank import FedHM, Flanc
 from lamina.model import Spec
 from lamina.run import Run, start
 from lamina.server import DeviceRow, play_round
@@ -36,6 +37,8 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "lora qv": FedLora(targets="qv"),
     "lora budget": FedLora(depth="budget"),
     "lora depth 1": FedLora(depth=1),
+    "fedhm dynamic": FedHM(ratios=(1, 4), first_block=1, decay=0.1, dynamic=True, weighting="examples"),
+    "flanc coarse": Flanc(widths=(1.0, 0.5), basis_fraction=0.3, n_basis=0.75),
 }
 
 

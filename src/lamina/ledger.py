@@ -175,10 +175,12 @@ class Ledger(Ops):
     def gram(self, x: Tensor, rows: bool) -> Tensor:
         """A square."""
         size = x.shape[0] if rows else x.shape[1]
+        self._count(2 * x.numel() * size)
         return self.blank((size, size))
 
     def pull_product(self, p: Tensor, x: Tensor, y: Tensor, factor: float) -> None:
         """In place."""
+        self._count(2 * x.numel() * y.shape[1])
 
     def moment(self, name: str) -> None:
         """What comes is booked under this name."""

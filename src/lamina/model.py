@@ -68,7 +68,7 @@ class Factored:
     W = [C_1 B, ..., C_G B].
 
     Attributes:
-        rank: Rows of B.
+        rank: Rows of B; where all inputs are one group, at most the smaller side of W.
         inputs: Size of a group, which must divide the inputs of every layer; 0 takes all inputs as one.
         first_block: The blocks before it keep their weights.
     """
@@ -171,15 +171,7 @@ def _linear(
     part: Part = "attn" if short.startswith("attn") else "ffn"
     rows = {f"{name}.weight": Param(out + into, part, block), f"{name}.bias": Param(out, part, block)}
     if (factors := spec.factored) and block >= factors.first_block:
-        groups = math.prod(sizes[axis] for axis in into) // factors.inputs if factors.inputs else 1
-        rank, inner, group = Axis("basis"), Axis(f"{name}.inner"), Axis("group")
-        sizes |= {rank: factors.rank, inner: groups * factors.rank}
-        sizes |= {group: factors.inputs} if factors.inputs else {}
-        weight = {
-            f"{name}.basis": Param((rank, group) if factors.inputs else (rank, *into), part, block),
-            f"{name}.coef": Param((*out, inner), part, block),
-        }
-        rows = weight | {f"{name}.bias": rows[f"{name}.bias"]}
+        rows = _factors(factors, sizes, name, rows)
     if spec.sparse and short in spec.sparse.targets:
         count = max(1, round(spec.sparse.density * math.prod(sizes[axis] for axis in out + into)))
         sizes[Axis(f"{name}.sparse")] = count
@@ -189,6 +181,26 @@ def _linear(
         rows[f"{name}.lora_a"] = Param((rank, *into), "lora", block)
         rows[f"{name}.lora_b"] = Param((*out, rank), "lora", block)
     return rows
+
+
+def _factors(factors: Factored, sizes: dict[Axis, int], name: str, rows: dict[str, Param]) -> dict[str, Param]:
+    """Rows of a linear layer in two factors, from those of the layer; new axes go into `sizes`."""
+    weight, bias = rows[f"{name}.weight"], rows[f"{name}.bias"]
+    into = weight.axes[len(bias.axes) :]
+    outputs, inputs = (math.prod(sizes[axis] for axis in axes) for axes in (bias.axes, into))
+    if factors.inputs and inputs % factors.inputs:
+        raise ValueError(f"factored inputs must divide the {inputs} inputs of {name}, got {factors.inputs}")
+    rank, inner = Axis(f"{name}.rank"), Axis(f"{name}.inner")
+    sizes[rank] = factors.rank if factors.inputs else min(factors.rank, outputs, inputs)
+    sizes[inner] = sizes[rank] * (inputs // factors.inputs if factors.inputs else 1)
+    if factors.inputs:
+        into = (Axis("group"),)
+        sizes[into[0]] = factors.inputs
+    return {
+        f"{name}.basis": replace(weight, axes=(rank, *into)),
+        f"{name}.coef": replace(weight, axes=(*bias.axes, inner)),
+        f"{name}.bias": bias,
+    }
 
 
 def _adapter(spec: Spec, block: int, place: int) -> dict[str, Param]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from lamina import model
 from lamina.config import Experiment
 from lamina.engines import Engine
@@ -128,7 +126,7 @@ class _Asked:
 def _ask(experiment: Experiment, outlook: Outlook, examples: Sequence[int], state: State) -> dict[int, _Asked]:
     """The jobs of a round."""
     spec, local, tokens, method = outlook.chosen.spec, experiment.local, experiment.task.window, experiment.method
-    asked = {}
+    asked, keys = {}, _keys(state)
     for device in draw_cohort(experiment, outlook, state.round):
         turn = Turn(experiment.seed, state.round, experiment.rounds, device)
         group = outlook.class_of[device]
@@ -141,7 +139,7 @@ def _ask(experiment: Experiment, outlook: Outlook, examples: Sequence[int], stat
             continue
         arrays = method.encode(state.params, spec, plan, turn, state.memory)
         layout = model.layout(plan.runs(spec))
-        sources = {name: _source(state, name, array) for name, array in arrays.items()}
+        sources = {name: keys.get(id(array), "") for name, array in arrays.items()}
         seen = state.seen.get(device, {})
         row = DeviceRow(
             device,
@@ -165,11 +163,13 @@ def _ask(experiment: Experiment, outlook: Outlook, examples: Sequence[int], stat
     return asked
 
 
-def _source(state: State, name: str, array: Tensor) -> str:
-    """Which of the server's tensors an array is, as it is; "" if it was made or cut for the device."""
-    if array is state.params.get(name):
-        return name
-    return f"memory:{name}" if array is state.memory.get(name) else ""
+def _keys(state: State) -> dict[int, str]:
+    """The identity of each of the server's tensors -> its key in `State.changed`.
+
+    What a device gets and is none of them was made or cut for it.
+    """
+    found = {id(tensor): f"memory:{name}" for name, tensor in state.memory.items()}
+    return found | {id(tensor): name for name, tensor in state.params.items()}
 
 
 def _answered(asked: _Asked, update: Update | Failure, fault: str | None) -> DeviceRow:

@@ -8,11 +8,14 @@ from lamina.methods.base import Method
 from lamina.methods.blocks import Caff
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
+from lamina.methods.lowrank import FedHM, Flanc
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "caff": Caff,
     "lora": FedLora,
+    "fedhm": FedHM,
+    "flanc": Flanc,
 }
 
 PLAIN = "plain"

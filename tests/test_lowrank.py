@@ -124,6 +124,7 @@ def test_fedhm_lists_falling_ranks(embed: int, ranks: list[int]) -> None:
     assert plans[0].network is None
     assert plans[0].trains == plans[0].holds == set(model.layout(network).params)
     assert [plan.network and plan.network.factored for plan in plans[1:]] == [Factored(rank) for rank in ranks]
+    assert list(FedHM()._ranks(network).items()) == list(zip(ranks, (2, 4, 8), strict=False))
     assert [plan.label for plan in plans] == ["full rank", *(f"rank {rank}, all 3" for rank in ranks)]
     for plan in plans[1:]:
         assert plan.trains == plan.holds == set(model.layout(plan.runs(network)).params)

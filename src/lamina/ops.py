@@ -24,8 +24,10 @@ from lamina.flash import Flash, Kept, Pages
 from lamina.packed import Packed, PackedLinear, pack, packable, slabs
 
 if TYPE_CHECKING:
+    from lamina.coding import Coding
     from lamina.data.task import Shard
-    from lamina.job import Local
+    from lamina.job import Local, Turn
+    from lamina.layout import Params
 
 T = TypeVar("T")
 _LABEL_ROWS = 64
@@ -111,12 +113,16 @@ class Ops:
         return cast(Tensor, _SparseLinear.apply(x, weight, values, indices, bias))  # type: ignore[no-untyped-call]
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
-        """X * factor, in the memory of x, which nothing else may need."""
-        return x.mul_(factor)
+        """X * factor."""
+        return x * factor
 
     def leading(self, p: Tensor, sizes: Sequence[int]) -> Tensor:
         """The first so many indices of every dimension, in the memory of p."""
-        return p if tuple(sizes) == tuple(p.shape) else cast(Tensor, _Leading.apply(p, tuple(sizes)))  # type: ignore[no-untyped-call]
+        if tuple(sizes) == tuple(p.shape):
+            return p
+        if isinstance(p, Packed):
+            return cast(Tensor, p.leading(sizes))
+        return cast(Tensor, _Leading.apply(p, tuple(sizes)))  # type: ignore[no-untyped-call]
 
     def copy(self, x: Tensor) -> Tensor:
         """The same numbers in memory of their own, without a graph."""
@@ -138,6 +144,10 @@ class Ops:
         assert p.grad is not None
         p.grad.view(x.shape[0], -1).addmm_(x.detach(), y.detach(), alpha=factor)
 
+    def code(self, coding: Coding, name: str, new: Tensor, old: Tensor, turn: Turn) -> Params:
+        """What is sent of `new` to where `old` is known."""
+        return coding.encode(name, new.detach(), old, turn)
+
     def moment(self, name: str) -> None:
         """Told what the device is at: "prefix", "load", "forward", "loss", "backward" or "update"."""
 
@@ -149,9 +159,9 @@ class Ops:
         """Consecutive slices of at most `size` that make up `count`."""
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
-    def drawn(self, networks: Sequence[T], index: int) -> Iterator[tuple[T, bool]]:
-        """The one of some networks that a step has drawn, with whether more follow."""
-        yield networks[index], False
+    def drawn(self, networks: Sequence[T], index: int) -> Iterator[T]:
+        """The one of some networks that a step has drawn."""
+        yield networks[index]
 
     def labels(self, shard: Shard, vocabulary: int) -> Tensor:
         """Which tokens a device ever has to predict, bool [vocabulary]."""

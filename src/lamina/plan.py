@@ -37,7 +37,7 @@ class Keep:
     def indices(self, size: int) -> Tensor:
         """Kept indices of an axis of `size`, int64 [count]."""
         if self.units is not None:
-            return torch.tensor(self.units)
+            return torch.tensor(self.units, dtype=torch.int64)
         return (torch.arange(self.count) + self.start) % size
 
 

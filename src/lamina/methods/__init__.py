@@ -8,11 +8,16 @@ from lamina.methods.base import Method
 from lamina.methods.blocks import Caff
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
+from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "caff": Caff,
     "lora": FedLora,
+    "federated-dropout": FederatedDropout,
+    "heterofl": HeteroFL,
+    "fedrolex": FedRolex,
+    "fjord": Fjord,
 }
 
 PLAIN = "plain"

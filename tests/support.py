@@ -20,6 +20,7 @@ from lamina.layout import Params
 from lamina.methods import METHODS, Method
 from lamina.methods.blocks import Caff
 from lamina.methods.lora import FedLora
+from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 from lamina.model import Spec
 from lamina.run import Run, start
 from lamina.server import DeviceRow, play_round
@@ -36,6 +37,10 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "lora qv": FedLora(targets="qv"),
     "lora budget": FedLora(depth="budget"),
     "lora depth 1": FedLora(depth=1),
+    "federated dropout in full, coded": FederatedDropout(scope="full", rotate=True, subsample=0.5, bits=4),
+    "heterofl inside": HeteroFL(scope="inner", ratios=(0.7, 0.2)),
+    "fedrolex with labels": FedRolex(own_labels=True, scaler=False, stride=3),
+    "fjord in full, alone": Fjord(scope="full", distill=False),
 }
 
 

@@ -189,13 +189,14 @@ class Ledger(Ops):
         if sent < padded:
             alive += [self.blank((padded,), INDEX_BYTES), self.blank((sent,))]
             del alive[:2]
-        if coding.bits:
-            alive += [self.blank((sent,))]
-            del alive[0]
-            alive += [self.blank((sent,), 1)]
+        if not coding.bits:
+            return {name: alive[0]}
+        alive += [self.blank((sent,))]
+        del alive[0]
+        alive += [self.blank((sent,), 1)]
         sends = coding.sends(name, new.numel())
         made = {part: self.blank(shape, dtype.itemsize) for part, (shape, dtype) in sends.items()}
-        if 0 < coding.bits < 8:
+        if coding.bits < 8:
             self.blank(made[name].shape, 1)
         return made
 

@@ -9,6 +9,7 @@ Shape legend: as in `lamina.model`, and N tokens.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -283,14 +284,14 @@ class _HeadLoss(torch.autograd.Function):
 
 def _divergence(soft: Sequence[float], ps: Tensor, i: int, q: Tensor, logs: Tensor) -> Tensor:
     """Sum over tokens of sum_j soft_j KL(p_j || p_i); leaves sum_j soft_j p_j in q."""
-    total = ps.new_zeros(())
+    total, least = ps.new_zeros(()), math.log(torch.finfo(ps.dtype).tiny)  # for what is 0 but for rounding
     q.zero_()
     for weight, p in zip(soft, ps, strict=True):
         if weight:
-            torch.log(p, out=logs).clamp_(min=-1e4)
+            torch.log(p, out=logs).clamp_(min=least)
             total += weight * torch.dot(p.reshape(-1), logs.reshape(-1))
             q.add_(p, alpha=weight)
-    torch.log(ps[i], out=logs).clamp_(min=-1e4)
+    torch.log(ps[i], out=logs).clamp_(min=least)
     return total - torch.dot(q.reshape(-1), logs.reshape(-1))
 
 

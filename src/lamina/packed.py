@@ -53,6 +53,10 @@ class Packed:
         cut = tuple(map(slice, sizes))
         return Packed(self.data[cut], None if self.scale is None else self.scale[cut[:-1]], torch.Size(sizes))
 
+    def detach(self) -> Packed:
+        """As it is: it has no gradient."""
+        return self
+
     def unpack(self) -> Tensor:
         """In fp32, new memory."""
         return _unpack(self.data, self.scale).reshape(self.shape)

@@ -13,11 +13,11 @@ from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "caff": Caff,
-    "lora": FedLora,
     "federated-dropout": FederatedDropout,
     "heterofl": HeteroFL,
     "fedrolex": FedRolex,
     "fjord": Fjord,
+    "lora": FedLora,
 }
 
 PLAIN = "plain"

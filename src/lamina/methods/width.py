@@ -41,7 +41,7 @@ class Width(Method):
     scope: Literal["inner", "full"] = "inner"
 
     group: ClassVar[str] = "width"
-    cuts: ClassVar[str] = "width"
+    cuts: ClassVar[str] = "feed-forward units and heads, or the residual stream too"
     inside_heads: ClassVar[bool] = False
     """Whether cutting in full takes dimensions from every head instead of taking whole heads."""
 
@@ -110,8 +110,9 @@ class FederatedDropout(Width):
 
     source: ClassVar[str] = "Caldas et al. 2018"
     note: ClassVar[str] = (
-        "weights and what blocks keep inside fall with the width, the residual stream and the logits do not (where "
-        'they do, scope = "full", a pretrained network starts near random); coded uploads need a copy of the weights'
+        "Weights and what blocks keep inside fall with the width, the residual stream and the logits do not. With "
+        'scope = "full" the stream does, but a slice of a pretrained network then starts near random, whatever it '
+        "knew. Coded uploads need a copy of the trained weights."
     )
 
     def __post_init__(self) -> None:
@@ -187,8 +188,9 @@ class Scaled(Width):
 
     inside_heads: ClassVar[bool] = True
     note: ClassVar[str] = (
-        "all falls with the width but the logits and what attention keeps per head; but a cut residual stream changes "
-        "what layer norms see, so a slice of a pretrained network starts near random, whatever it knew"
+        "All falls with the width but the logits and what attention keeps per head. But a cut residual stream changes "
+        "what layer norms see: a slice of a pretrained network starts near random, whatever it knew. "
+        'scope = "inner" leaves the residual stream whole, and saves less.'
     )
 
     def runs(self, spec: Spec, ratio: float) -> Spec | None:
@@ -322,7 +324,8 @@ class Fjord(Nested):
 
     source: ClassVar[str] = "Horvath et al. 2021"
     note: ClassVar[str] = (
-        "the widest network a device trains sets its memory; distillation adds two matrices of logits or so"
+        "The widest network that a device trains sets its memory; distillation adds logits. The residual stream stays "
+        'whole; with scope = "full" it does not, and a slice of a pretrained network starts near random.'
     )
 
     def runs(self, spec: Spec, ratio: float) -> Spec | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class Ledger(Ops):
         self.flops: defaultdict[str, Fraction] = defaultdict(Fraction)
         self.round_examples, self.warm = round_examples, warm
         self.cached, self._times = False, Fraction(1)
-        self._optimizers: list[_Optimizer] = []
+        self._optimizers: WeakSet[_Optimizer] = WeakSet()
 
     def new(self, size_bytes: int, category: str = "temporary") -> Allocation:
         """Allocate."""
@@ -222,9 +223,9 @@ class Ledger(Ops):
         """Each of them in a step of its own, with its share of the operations."""
         self._times /= len(networks)
         for network in networks:
-            yield network
             for optimizer in self._optimizers:
                 optimizer.reset()
+            yield network
         self._times *= len(networks)
 
     def labels(self, shard: Shard, vocabulary: int) -> Tensor:
@@ -262,8 +263,9 @@ class Ledger(Ops):
 
     def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> Any:
         """States are born in the first step."""
-        self._optimizers.append(_Optimizer(self, [_shape(p) for p in params], kind))
-        return self._optimizers[-1]
+        made = _Optimizer(self, [_shape(p) for p in params], kind)
+        self._optimizers.add(made)
+        return made
 
     def norm_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """A number."""
@@ -378,14 +380,13 @@ class _Optimizer:
     def __init__(self, ledger: Ledger, params: Sequence[Shape], kind: optim.Kind) -> None:
         self._ledger, self._params, self._kind = ledger, params, kind
         self._states: Allocation | None = None
-        self.reset()
+        if ledger.warm:
+            self._begin()
 
     def reset(self) -> None:
-        """Be as before a step."""
+        """Be as before the first step, where that is the one that stands for all."""
         if not self._ledger.warm:
             self._states = None
-        elif self._states is None:
-            self._begin()
 
     def _begin(self) -> None:
         size = sum(optim.state_bytes(self._kind, p.shape) for p in self._params)

@@ -110,9 +110,9 @@ class FederatedDropout(Width):
 
     source: ClassVar[str] = "Caldas et al. 2018"
     note: ClassVar[str] = (
-        "Weights and what blocks keep inside fall with the width, the residual stream and the logits do not. With "
-        'scope = "full" the stream does, but a slice of a pretrained network then starts near random, whatever it '
-        "knew. Coded uploads need a copy of the trained weights."
+        'Weights and what blocks keep inside fall with the width, the residual stream only with scope = "full", the '
+        "logits never. A pretrained network loses most of what it knows with half of its units, and all but the "
+        "frequencies of tokens with half of its residual stream. Coded uploads need a copy of the trained weights."
     )
 
     def __post_init__(self) -> None:
@@ -188,9 +188,9 @@ class Scaled(Width):
 
     inside_heads: ClassVar[bool] = True
     note: ClassVar[str] = (
-        "All falls with the width but the logits and what attention keeps per head. But a cut residual stream changes "
-        "what layer norms see: a slice of a pretrained network starts near random, whatever it knew. "
-        'scope = "inner" leaves the residual stream whole, and saves less.'
+        "All falls with the width but the logits and what attention keeps per head. But layer norms see a cut residual "
+        "stream: half of a pretrained network knows little more than the frequencies of tokens. "
+        'scope = "inner" leaves the stream whole, which loses and saves less.'
     )
 
     def runs(self, spec: Spec, ratio: float) -> Spec | None:
@@ -324,8 +324,8 @@ class Fjord(Nested):
 
     source: ClassVar[str] = "Horvath et al. 2021"
     note: ClassVar[str] = (
-        "The widest network that a device trains sets its memory; distillation adds logits. The residual stream stays "
-        'whole; with scope = "full" it does not, and a slice of a pretrained network starts near random.'
+        "The widest network that a device trains sets its memory; distillation adds logits. A pretrained network loses "
+        'most of what it knows with half of its units, and with scope = "full" all but the frequencies of tokens.'
     )
 
     def runs(self, spec: Spec, ratio: float) -> Spec | None:

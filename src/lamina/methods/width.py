@@ -100,8 +100,8 @@ class FederatedDropout(Width):
 
     Attributes:
         rotate: Whether the change of each tensor is rotated before it is coded further.
-        subsample: Share of its elements that are sent.
-        bits: For each of those: 1, 2, 4 or 8; 0 sends fp32.
+        subsample: Share of the elements of each change that are sent.
+        bits: For each element that is sent: 1, 2, 4 or 8; 0 sends fp32.
     """
 
     rotate: bool = False
@@ -176,7 +176,7 @@ class Scaled(Width):
     about as large as those of the whole network.
 
     Attributes:
-        scaler: Whether they are.
+        scaler: Whether outputs are divided by r in training.
         own_labels: Whether the logits of tokens that a device never has to predict are 0 in its loss, and its rows of
             these tokens, in embedding and head, do not count.
     """
@@ -275,9 +275,9 @@ class FedRolex(Scaled):
     network is evaluated.
 
     **Source:** Alam, Liu, Yan and Zhang, NeurIPS 2022, section 3.2 and Algorithm 1.
-    **Departs:** the window rolls inside each head, where the public code would mix neighbouring heads. The public code
-    also masks labels as HeteroFL does; the paper does not (`own_labels`). One step per round needs n rounds to sweep an
-    axis, more than finetuning has: raise `stride` for that.
+    **Departs:** the window rolls inside each head, since one that rolled over all channels at once would mix
+    neighbouring heads. Their code for Transformers masks labels as HeteroFL does, of which the rule says nothing
+    (`own_labels`). One step per round needs n rounds to sweep an axis, more than finetuning has: raise `stride` for that.
 
     Attributes:
         stride: Units by which the window moves from round to round.
@@ -314,10 +314,10 @@ class Fjord(Nested):
     their code in Flower's baselines. Their temperature and mixing weight are 1, as here. Their nested rule (for each
     width, widest first, overwrite its units with the mean over all devices that hold them) is the overlap mean.
     **Departs:** heads are dropped whole. Token and position embeddings and the head are never cut along the vocabulary,
-    and with "inner" not at all. Layer norms have one set of weights for all widths.
+    and with "inner" not at all. Layer norms have one set of weights for all widths. They evaluate every width.
 
     Attributes:
-        distill: Whether the whole network teaches.
+        distill: Whether the whole network teaches the width drawn, which otherwise learns from the targets.
     """
 
     distill: bool = True

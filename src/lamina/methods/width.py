@@ -277,7 +277,7 @@ class FedRolex(Scaled):
     **Source:** Alam, Liu, Yan and Zhang, NeurIPS 2022, section 3.2 and Algorithm 1.
     **Departs:** the window rolls inside each head, since one that rolled over all channels at once would mix
     neighbouring heads. Their code for Transformers masks labels as HeteroFL does, of which the rule says nothing
-    (`own_labels`). One step per round needs n rounds to sweep an axis, more than finetuning has: raise `stride` for that.
+    (`own_labels`). One step per round needs n rounds to sweep an axis, more than finetuning has; `stride` may be more.
 
     Attributes:
         stride: Units by which the window moves from round to round.

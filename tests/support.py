@@ -21,6 +21,7 @@ from lamina.methods import METHODS, Method
 from lamina.methods.blocks import Caff
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
+from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 from lamina.model import Spec
 from lamina.run import Run, start
 from lamina.server import DeviceRow, play_round
@@ -39,6 +40,10 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "lora depth 1": FedLora(depth=1),
     "fedhm dynamic": FedHM(ratios=(1, 4), first_block=1, decay=0.1, dynamic=True, weighting="examples"),
     "flanc coarse": Flanc(widths=(1.0, 0.5), basis_fraction=0.3, n_basis=0.75),
+    "federated dropout in full, coded": FederatedDropout(scope="full", rotate=True, subsample=0.5, bits=4),
+    "heterofl inside": HeteroFL(scope="inner", ratios=(0.7, 0.2)),
+    "fedrolex with labels": FedRolex(own_labels=True, scaler=False, stride=3),
+    "fjord in full, alone": Fjord(scope="full", distill=False),
 }
 
 

@@ -137,7 +137,7 @@ def same(
     assert set(got) == set(tensors) == plan.trains
     travelled = local.lr * len(losses)
     for name, tensor in tensors.items():
-        atol = 1e-6 if local.optimizer == "sgd" else travelled * (0.05 if name.endswith("k.bias") else 5e-4)
+        atol = 1e-6 if local.optimizer == "sgd" else travelled * (0.2 if name.endswith("k.bias") else 5e-4)
         assert torch.allclose(got[name], tensor, rtol=1e-5, atol=atol), name
 
 

@@ -63,13 +63,15 @@ def read_spec(folder: Path) -> Spec:
             blocks=int(config["n_layer"]),
             embed=embed,
             heads=heads,
-            head_dim=embed // heads,
+            head_dim=int(config.get("head_dim", embed // heads)),
             ffn=int(config.get("n_inner") or 4 * embed),
             vocab=int(config["vocab_size"]),
             positions=int(config["n_positions"]),
             norm_eps=float(config["layer_norm_epsilon"]),
         )
-        if embed % heads or not all(size > 0 and math.isfinite(size) for size in astuple(spec)[:8]):
+        if (embed % heads and "head_dim" not in config) or not all(
+            size > 0 and math.isfinite(size) for size in astuple(spec)[:8]
+        ):
             raise ValueError(f"sizes must be positive, and n_embd a multiple of n_head; got {spec}")
         return spec
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
@@ -128,7 +130,11 @@ def load(folder: Path) -> tuple[Spec, Params]:
 
 
 def write(folder: Path, spec: Spec, params: Params, dtype: torch.dtype, extra: dict[str, Any]) -> None:
-    """Write the network, low-rank additions merged, as a Hugging Face folder; `extra` goes into config.json."""
+    """Write the network, low-rank additions merged, as a Hugging Face folder; `extra` goes into config.json.
+
+    GPT-2's heads are as wide as the network together; where they are not (a network cut in width), config.json has a
+    `head_dim` of ours, and the folder is for us alone.
+    """
     spec, params = model.merged(spec, params)
     theirs = {name: tensor.to(dtype).contiguous() for name, tensor in _theirs(spec, params)}
     files.write(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
@@ -146,6 +152,8 @@ def write(folder: Path, spec: Spec, params: Params, dtype: torch.dtype, extra: d
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if spec.heads * spec.head_dim != spec.embed:
+        config["head_dim"] = spec.head_dim
     files.write_json(folder / CONFIG, config | extra)
 
 

@@ -6,7 +6,7 @@ this file does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -47,14 +47,14 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
     layout = model.layout(spec)
     source: _Source = _Plain(shard, ops)
     below: frozenset[str] = frozenset()
-    if job.plan.caches(layout):
+    objective = job.method.objective(job)
+    if job.plan.caches(layout) and not objective.widths:  # of which each would have a prefix of its own
         below = job.plan.below(layout)
         source = _run_prefix(job, shard, spec, ops.examples(np.unique(np.concatenate(batches))), ops)
     ops.moment("load")
     resident = job.plan.holds - below
     params = {name: _hold(job, name, ops) for name in layout.params if name in resident}
     aside = job.method.remember(job, params, ops)
-    objective = job.method.objective(job)
     if objective.own_labels:
         aside["labels"] = ops.labels(shard, spec.vocab)
     trainer = _Trainer(spec, job, params, aside, objective, bool(below), ops)
@@ -217,7 +217,7 @@ class _Trainer:
         self._first, self._exits = first, [i for i in model.found_exits(spec, params) if i >= first - 1]
         self._frozen = [i for i in blocks if i < first]
         self._upper = [i for i in blocks if first <= i <= self._exits[-1]]
-        self._narrower = [_Cut(params, layout, units, ops) for units in objective.widths]
+        self._drawable = [_Cut(params, layout, units, ops) for units in objective.widths]
         self._turn = job.turn
         names: dict[int, list[str]] = {}
         for name in (name for name in layout.params if name in plan.trains):
@@ -231,6 +231,16 @@ class _Trainer:
 
     def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
         """One optimizer step on a batch; returns its mean loss."""
+        if not self._drawable:
+            return self._step([self._params], inputs, targets_BS)
+        loss, whole = 0.0, [self._params] * self._objective.distill
+        index = int(self._turn.rng(f"width/{number}").integers(len(self._drawable)))
+        for drawn in self._ops.drawn(self._drawable, index):
+            loss = self._step([*whole, drawn], inputs, targets_BS)
+        return loss
+
+    def _step(self, networks: Sequence[Mapping[str, Tensor]], inputs: Tensor, targets_BS: Tensor) -> float:
+        """A step along the sum of the gradients of some networks of the same tensors, the first of which teaches."""
         norm: Tensor | None = None
         if self._clip and self._levers.fused_update:
             # The norm of the whole gradient must be known before the first block is updated.
@@ -240,37 +250,34 @@ class _Trainer:
                 norms.append(group.norm())
                 group.forget()
 
-            self._passes(number, inputs, targets_BS, note)
+            self._passes(networks, inputs, targets_BS, note)
             norm = self._ops.norm_of(norms)
-        return self._passes(number, inputs, targets_BS, lambda group: group.update(norm))
+        return self._passes(networks, inputs, targets_BS, lambda group: group.update(norm))
 
-    def _passes(self, number: int, inputs: Tensor, targets_BS: Tensor, finish: Callable[[_Group], None]) -> float:
+    def _passes(
+        self,
+        networks: Sequence[Mapping[str, Tensor]],
+        inputs: Tensor,
+        targets_BS: Tensor,
+        finish: Callable[[_Group], None],
+    ) -> float:
         """Gradients of a batch, in as many passes as it takes; `finish` gets each group once it has its own."""
         total, count = 0.0, len(targets_BS)
         for rows in self._ops.slices(count, self._levers.micro_batch or count):
             share = (rows.stop - rows.start) / count
             teacher: Output | None = None
-            for params, more in self._networks(number):
+            for place, params in enumerate(networks, 1):
                 stages, loss, output = self._forward(params, inputs[rows], targets_BS[rows], teacher)
-                fused = self._levers.fused_update and rows.stop == count and not more
+                teacher = output if place < len(networks) else None
+                del output
+                total += share * loss.item() if place == 1 else 0.0
+                fused = self._levers.fused_update and rows.stop == count and not teacher
                 self._backward(params, stages, share, finish if fused else None)
-                total += share * loss.item() if teacher is None else 0.0
-                teacher = output if more else None
-                del stages, loss, output
+                del stages, loss
         if not self._levers.fused_update:
             self._groups[_TOP].complete()
             finish(self._groups[_TOP])
         return total
-
-    def _networks(self, number: int) -> Iterator[tuple[Mapping[str, Tensor], bool]]:
-        """The networks that pass in a step, each with whether more follow."""
-        if not self._narrower:
-            yield self._params, False
-            return
-        if self._objective.distill:
-            yield self._params, True
-        drawn = int(self._turn.rng(f"width/{number}").integers(len(self._narrower)))
-        yield from self._ops.drawn(self._narrower, drawn)
 
     def _forward(
         self, params: Mapping[str, Tensor], inputs: Tensor, targets_BS: Tensor, teacher: Output | None

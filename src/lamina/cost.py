@@ -121,7 +121,7 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int, method: 
     shard = Blank(local.batch_size, tokens, spec.vocab)
     with torch.enable_grad():
         client.train(job, shard, spec, ledger)
-    once = ledger.flops.pop("prefix", 0) if plan.caches(layout) else 0
+    once = ledger.flops.pop("prefix", 0) if ledger.cached else 0
     peak, moment = ledger.timeline.peak()
     return Cost(
         Memory(**peak),

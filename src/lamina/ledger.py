@@ -12,19 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lamina import optim
+from lamina.coding import Coding
 from lamina.data.task import Shard
-from lamina.job import Local
-from lamina.layout import Layout
+from lamina.job import Local, Turn
+from lamina.layout import Layout, Params
 from lamina.ops import Mix, Ops, chunk_tokens
 from lamina.packed import SLAB_ROWS, packable
 from lamina.plan import Plan
-from lamina.shapes import FLOAT_BYTES, Allocation, Node, Shape
+from lamina.shapes import FLOAT_BYTES, INDEX_BYTES, Allocation, Node, Shape
 from lamina.timeline import Timeline
 
 T = TypeVar("T")
@@ -39,6 +41,7 @@ class Ledger(Ops):
         flops: Of forward and backward, by moment.
         round_examples: Different examples that the device uses in a round.
         warm: Whether the optimizer has its states from the beginning: a step that is not the first.
+        cached: Whether outputs of the frozen prefix were cached.
     """
 
     def __init__(self, round_examples: int, warm: bool = False) -> None:
@@ -47,7 +50,8 @@ class Ledger(Ops):
         self.saved_bytes = 0
         self.flops: defaultdict[str, Fraction] = defaultdict(Fraction)
         self.round_examples, self.warm = round_examples, warm
-        self._times = Fraction(1)
+        self.cached, self._times = False, Fraction(1)
+        self._optimizers: WeakSet[_Optimizer] = WeakSet()
 
     def new(self, size_bytes: int, category: str = "temporary") -> Allocation:
         """Allocate."""
@@ -148,19 +152,15 @@ class Ledger(Ops):
         return out
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
-        """In place; the gradient is new."""
-        source = _shape(x)
-        out = Shape(source.shape, source.memory)
-        if source.node and torch.is_grad_enabled():
-            out.node = Node(inputs=[(source.node, FLOAT_BYTES * x.numel())])
-        return cast(Tensor, out)
+        """Keeps nothing."""
+        return self._out(x.shape, [x], [])
 
     def leading(self, p: Tensor, sizes: Sequence[int]) -> Tensor:
         """A view; its gradient is made whole."""
         source = _shape(p)
         if tuple(sizes) == source.shape:
             return p
-        out = Shape(tuple(sizes), source.memory)
+        out = Shape(tuple(sizes), source.memory, packed=source.packed)
         if source.node and torch.is_grad_enabled():
             out.node = Node(inputs=[(source.node, FLOAT_BYTES * p.numel())])
         return cast(Tensor, out)
@@ -182,6 +182,27 @@ class Ledger(Ops):
         """In place."""
         self._count(2 * x.numel() * y.shape[1])
 
+    def code(self, coding: Coding, name: str, new: Tensor, old: Tensor, turn: Turn) -> Params:
+        """The change; what rotates it, half of it at a time; an order of all elements; noise; a byte for each level."""
+        padded, sent = coding.lengths(new.numel())
+        alive = [self.blank((padded,))]
+        if coding.rotate:
+            for scratch in (coding.block(new.numel()), padded // 2):
+                self.blank((scratch,))
+        if sent < padded:
+            alive += [self.blank((padded,), INDEX_BYTES), self.blank((sent,))]
+            del alive[:2]
+        if not coding.bits:
+            return {name: alive[0]}
+        alive += [self.blank((sent,))]
+        del alive[0]
+        alive += [self.blank((sent,), 1)]
+        sends = coding.sends(name, new.numel())
+        made = {part: self.blank(shape, dtype.itemsize) for part, (shape, dtype) in sends.items()}
+        if coding.bits < 8:
+            self.blank(made[name].shape, 1)
+        return made
+
     def moment(self, name: str) -> None:
         """What comes is booked under this name."""
         self.timeline.moment = name
@@ -200,11 +221,13 @@ class Ledger(Ops):
             self._times /= len(others) - 1
         yield from others[-1:]
 
-    def drawn(self, networks: Sequence[T], index: int) -> Iterator[tuple[T, bool]]:
-        """All of them, widest first, each with its share of the operations."""
+    def drawn(self, networks: Sequence[T], index: int) -> Iterator[T]:
+        """Each of them in a step of its own, with its share of the operations."""
         self._times /= len(networks)
-        for i, network in enumerate(networks):
-            yield network, i < len(networks) - 1
+        for network in networks:
+            for optimizer in self._optimizers:
+                optimizer.reset()
+            yield network
         self._times *= len(networks)
 
     def labels(self, shard: Shard, vocabulary: int) -> Tensor:
@@ -237,11 +260,14 @@ class Ledger(Ops):
 
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:
         """Memory for all examples of the round if they are kept in it; reading makes a copy."""
+        self.cached = True
         return _Cache(self, rows, shape, place, bits // 8)
 
     def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> Any:
         """States are born in the first step."""
-        return _Optimizer(self, [_shape(p) for p in params], kind)
+        made = _Optimizer(self, [_shape(p) for p in params], kind)
+        self._optimizers.add(made)
+        return made
 
     def norm_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """A number."""
@@ -358,6 +384,11 @@ class _Optimizer:
         self._states: Allocation | None = None
         if ledger.warm:
             self._begin()
+
+    def reset(self) -> None:
+        """Be as before the first step, where that is the one that stands for all."""
+        if not self._ledger.warm:
+            self._states = None
 
     def _begin(self) -> None:
         size = sum(optim.state_bytes(self._kind, p.shape) for p in self._params)

@@ -9,6 +9,7 @@ Shape legend: as in `lamina.model`, and N tokens.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from lamina.flash import Flash, Kept, Pages
 from lamina.packed import Packed, PackedLinear, pack, packable, slabs
 
 if TYPE_CHECKING:
+    from lamina.coding import Coding
     from lamina.data.task import Shard
-    from lamina.job import Local
+    from lamina.job import Local, Turn
+    from lamina.layout import Params
 
 T = TypeVar("T")
 _LABEL_ROWS = 64
@@ -111,12 +114,16 @@ class Ops:
         return cast(Tensor, _SparseLinear.apply(x, weight, values, indices, bias))  # type: ignore[no-untyped-call]
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
-        """X * factor, in the memory of x, which nothing else may need."""
-        return x.mul_(factor)
+        """X * factor."""
+        return x * factor
 
     def leading(self, p: Tensor, sizes: Sequence[int]) -> Tensor:
         """The first so many indices of every dimension, in the memory of p."""
-        return p if tuple(sizes) == tuple(p.shape) else cast(Tensor, _Leading.apply(p, tuple(sizes)))  # type: ignore[no-untyped-call]
+        if tuple(sizes) == tuple(p.shape):
+            return p
+        if isinstance(p, Packed):
+            return cast(Tensor, p.leading(sizes))
+        return cast(Tensor, _Leading.apply(p, tuple(sizes)))  # type: ignore[no-untyped-call]
 
     def copy(self, x: Tensor) -> Tensor:
         """The same numbers in memory of their own, without a graph."""
@@ -138,6 +145,10 @@ class Ops:
         assert p.grad is not None
         p.grad.view(x.shape[0], -1).addmm_(x.detach(), y.detach(), alpha=factor)
 
+    def code(self, coding: Coding, name: str, new: Tensor, old: Tensor, turn: Turn) -> Params:
+        """What is sent of `new` to where `old` is known."""
+        return coding.encode(name, new.detach(), old, turn)
+
     def moment(self, name: str) -> None:
         """Told what the device is at: "prefix", "load", "forward", "loss", "backward" or "update"."""
 
@@ -149,9 +160,9 @@ class Ops:
         """Consecutive slices of at most `size` that make up `count`."""
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
-    def drawn(self, networks: Sequence[T], index: int) -> Iterator[tuple[T, bool]]:
-        """The one of some networks that a step has drawn, with whether more follow."""
-        yield networks[index], False
+    def drawn(self, networks: Sequence[T], index: int) -> Iterator[T]:
+        """The one of some networks that a step has drawn."""
+        yield networks[index]
 
     def labels(self, shard: Shard, vocabulary: int) -> Tensor:
         """Which tokens a device ever has to predict, bool [vocabulary]."""
@@ -273,14 +284,14 @@ class _HeadLoss(torch.autograd.Function):
 
 def _divergence(soft: Sequence[float], ps: Tensor, i: int, q: Tensor, logs: Tensor) -> Tensor:
     """Sum over tokens of sum_j soft_j KL(p_j || p_i); leaves sum_j soft_j p_j in q."""
-    total = ps.new_zeros(())
+    total, least = ps.new_zeros(()), math.log(torch.finfo(ps.dtype).tiny)  # for what is 0 but for rounding
     q.zero_()
     for weight, p in zip(soft, ps, strict=True):
         if weight:
-            torch.log(p, out=logs).clamp_(min=-1e4)
+            torch.log(p, out=logs).clamp_(min=least)
             total += weight * torch.dot(p.reshape(-1), logs.reshape(-1))
             q.add_(p, alpha=weight)
-    torch.log(ps[i], out=logs).clamp_(min=-1e4)
+    torch.log(ps[i], out=logs).clamp_(min=least)
     return total - torch.dot(q.reshape(-1), logs.reshape(-1))
 
 

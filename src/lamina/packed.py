@@ -48,6 +48,15 @@ class Packed:
         """As a matrix: the dimensions from `start` on as one."""
         return self.reshape(self.shape[:start].numel(), -1)
 
+    def leading(self, sizes: Sequence[int]) -> Packed:
+        """The first so many indices of every dimension, in the same memory."""
+        cut = tuple(map(slice, sizes))
+        return Packed(self.data[cut], None if self.scale is None else self.scale[cut[:-1]], torch.Size(sizes))
+
+    def detach(self) -> Packed:
+        """As it is: it has no gradient."""
+        return self
+
     def unpack(self) -> Tensor:
         """In fp32, new memory."""
         return _unpack(self.data, self.scale).reshape(self.shape)

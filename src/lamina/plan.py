@@ -37,7 +37,7 @@ class Keep:
     def indices(self, size: int) -> Tensor:
         """Kept indices of an axis of `size`, int64 [count]."""
         if self.units is not None:
-            return torch.tensor(self.units)
+            return torch.tensor(self.units, dtype=torch.int64)
         return (torch.arange(self.count) + self.start) % size
 
 
@@ -51,8 +51,9 @@ class Plan:
         keep: Axes of which only some units are held; every tensor with that axis is cut alike.
         label: For people: "last 3 of 12".
         levers: How it saves memory meanwhile. What the method sets is its own; the rest is the planner's choice.
-        network: What the device runs, where its tensors are not cut out of the server's but made from them: low-rank
-            factors, say. `holds`, `trains` and `keep` then speak of this network.
+        network: What the device runs, where it is not simply the server's network, cut: its tensors may be made from
+            the server's (low-rank factors, say), or be used otherwise. `holds`, `trains` and `keep` then speak of this
+            network.
         gradient: How it is found: by a "backward" pass, by a "forward" pass along a direction (Baydin et al. 2022), or
             from two losses ("zeroth" order; Spall 1992).
     """

@@ -9,10 +9,15 @@ from lamina.methods.blocks import Caff
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
+from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "caff": Caff,
+    "federated-dropout": FederatedDropout,
+    "heterofl": HeteroFL,
+    "fedrolex": FedRolex,
+    "fjord": Fjord,
     "lora": FedLora,
     "fedhm": FedHM,
     "flanc": Flanc,

@@ -28,7 +28,8 @@ class Objective:
     Attributes:
         mutual: Weight of the mean KL divergence of an exit from each other exit (DepthFL).
         own_labels: Whether the logits of tokens that the device never has to predict are 0 (HeteroFL).
-        widths: Sub-networks of which each step draws one: how many leading units of which axes (FjORD).
+        widths: Sub-networks of which each step draws one: how many leading units of which axes (FjORD); where a plan
+            freezes a prefix, it is cut as well, and so it is not cached.
         distill: Whether the whole network learns from the targets in each step, and the one drawn from the whole.
     """
 

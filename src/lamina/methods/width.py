@@ -1,0 +1,343 @@
+"""Methods that cut the width: every device trains a narrower network, all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lamina import model
+from lamina.coding import Coding
+from lamina.job import Job, Turn, Update
+from lamina.layout import Axis, Params
+from lamina.methods.base import Method, Objective, share
+from lamina.model import Spec
+from lamina.ops import Ops
+from lamina.plan import Keep, Plan, Vote, narrow
+
+if TYPE_CHECKING:
+    from lamina.planner import Fleet
+
+_EMBED, _HEAD_DIM, _VOCAB = Axis("embed"), Axis("head_dim"), Axis("vocab")
+_LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class Width(Method):
+    """Of each cut axis of n units a device of ratio r holds and trains ceil(r n); the merge is over its holders.
+
+    Attributes:
+        ratios: The widths there are, falling; a device gets the largest that fits its budget.
+        scope: What is cut: the feed-forward units and the heads of every block ("inner"), or the residual stream as
+            well ("full").
+    """
+
+    ratios: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
+    scope: Literal["inner", "full"] = "inner"
+
+    group: ClassVar[str] = "width"
+    cuts: ClassVar[str] = "feed-forward units and heads, or the residual stream too"
+    inside_heads: ClassVar[bool] = False
+    """Whether cutting in full takes dimensions from every head instead of taking whole heads."""
+
+    def __post_init__(self) -> None:
+        """Refuse widths that mean nothing.
+
+        Raises:
+            ValueError: Naming the key, what was given and what is accepted.
+        """
+        within = self.ratios and all(0 < ratio <= 1 for ratio in self.ratios)
+        if not within or any(wider <= narrower for wider, narrower in pairwise(self.ratios)):
+            raise ValueError(f"ratios must fall, each above 0 and at most 1, got {list(self.ratios)}")
+
+    def widths(self, spec: Spec) -> dict[float, dict[Axis, int]]:
+        """Ratio -> units held of each axis that can be cut; a ratio that comes to no fewer units is left out."""
+        sizes, full = model.layout(spec).sizes, self.scope == "full"
+        heads = [] if full and self.inside_heads else [Axis(f"h.{i}.heads") for i in range(spec.blocks)]
+        axes = [*heads, *(Axis(f"h.{i}.ffn") for i in range(spec.blocks))]
+        axes += [_EMBED] * full + [_HEAD_DIM] * (full and self.inside_heads)
+        found: dict[float, dict[Axis, int]] = {}
+        for ratio in self.ratios:
+            units = {axis: share(sizes[axis], ratio) for axis in axes}
+            if units not in found.values():
+                found[ratio] = units
+        return found
+
+    def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
+        """All tensors at each width."""
+        layout = model.layout(spec)
+        names = frozenset(layout.params)
+        for ratio, units in self.widths(spec).items():
+            cut = {axis: count for axis, count in units.items() if count < layout.sizes[axis]}
+            keep = {axis: self.keeps(axis, count, layout.sizes[axis], turn) for axis, count in cut.items()}
+            label = f"width {Fraction(ratio).limit_denominator(1000)}"
+            yield Plan(names, names, keep, label, network=self.runs(spec, ratio))
+
+    def keeps(self, axis: Axis, count: int, size: int, turn: Turn) -> Keep:
+        """Which units of an axis a device holds; by default the first."""
+        return Keep(count)
+
+    def runs(self, spec: Spec, ratio: float) -> Spec | None:
+        """The device's network, if it is not simply the server's, cut."""
+        return None
+
+
+@dataclass(frozen=True)
+class FederatedDropout(Width):
+    """Each device trains random units of every axis, drawn anew in every round, and may send its change coded.
+
+    **Source:** Caldas, Konecny, McMahan and Talwalkar, arXiv 1812.07210, sections 3.1 and 3.2; `lamina.coding` has the
+    coding.
+    **Departs:** the paper drops units of dense and convolutional layers; here they are feed-forward units and whole
+    heads, and by default the residual stream stays as it is ("full" drops its channels, alike in all tensors, and whole
+    heads). The width follows the budget instead of being the same for all. A scalar becomes the mean over the devices
+    that held it. Only what devices send is coded, not what they receive.
+
+    Attributes:
+        rotate: Whether the change of each tensor is rotated before it is coded further.
+        subsample: Share of the elements of each change that are sent.
+        bits: For each element that is sent: 1, 2, 4 or 8; 0 sends fp32.
+    """
+
+    rotate: bool = False
+    subsample: float = 1.0
+    bits: int = 0
+
+    source: ClassVar[str] = "Caldas et al. 2018"
+    note: ClassVar[str] = (
+        'Weights and what blocks keep inside fall with the width, the residual stream only with scope = "full", the '
+        "logits never. A pretrained network loses most of what it knows with half of its units, and all but the "
+        "frequencies of tokens with half of its residual stream. Coded uploads need a copy of the trained weights."
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse codings that mean nothing.
+
+        Raises:
+            ValueError: Naming the key, what was given and what is accepted.
+        """
+        super().__post_init__()
+        if not 0 < self.subsample <= 1:
+            raise ValueError(f"subsample must be above 0 and at most 1, got {self.subsample}")
+        if self.bits not in (0, 1, 2, 4, 8):
+            raise ValueError(f"bits must be 0, 1, 2, 4 or 8, got {self.bits}")
+
+    @property
+    def coding(self) -> Coding | None:
+        """How changes are sent; None as new values."""
+        coding = Coding(self.rotate, self.subsample, self.bits)
+        return None if coding == Coding() else coding
+
+    def keeps(self, axis: Axis, count: int, size: int, turn: Turn) -> Keep:
+        """Random ones."""
+        drawn = turn.rng(f"units/{axis}").choice(size, count, replace=False)
+        return Keep(count, units=tuple(sorted(drawn.tolist())))
+
+    def sends(self, spec: Spec, plan: Plan, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """New values, or their changes as `lamina.coding` has them."""
+        sends = super().sends(spec, plan, steps)
+        if not (coding := self.coding):
+            return sends
+        parts = (coding.sends(name, torch.Size(shape).numel()) for name, (shape, _) in sends.items())
+        return {name: part for each in parts for name, part in each.items()}
+
+    def remember(self, job: Job, params: Mapping[str, Tensor], ops: Ops) -> Params:
+        """What changes are changes of."""
+        return {name: ops.copy(params[name]) for name in params if name in job.plan.trains} if self.coding else {}
+
+    def finish(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> tuple[Params, Params]:
+        """New values, or their changes, coded one after the other."""
+        if not (coding := self.coding):
+            return super().finish(job, params, aside, ops)
+        sent: Params = {}
+        for name in list(aside):
+            sent |= ops.code(coding, name, params[name], aside.pop(name), job.turn)
+        return sent, {}
+
+    def decode(self, update: Update, job: Job, spec: Spec) -> Vote:
+        """What was held and the change that arrived."""
+        vote = super().decode(update, job, spec)
+        if not (coding := self.coding):
+            return vote
+        new = {name: coding.decode(name, update.arrays, job.arrays[name], job.turn) for name in job.plan.trains}
+        return replace(vote, arrays=new)
+
+
+@dataclass(frozen=True)
+class Scaled(Width):
+    """What HeteroFL and what was built on it share: sliced heads, scaled outputs, and only the logits of own tokens.
+
+    In training, the outputs of the embeddings and of all linear layers in the blocks are divided by r, so that they are
+    about as large as those of the whole network.
+
+    Attributes:
+        scaler: Whether outputs are divided by r in training.
+        own_labels: Whether the logits of tokens that a device never has to predict are 0 in its loss, and its rows of
+            these tokens, in embedding and head, do not count.
+    """
+
+    weighting: Literal["examples", "uniform"] = "uniform"
+    scope: Literal["inner", "full"] = "full"
+    scaler: bool = True
+    own_labels: bool = False
+
+    inside_heads: ClassVar[bool] = True
+    note: ClassVar[str] = (
+        "All falls with the width but the logits and what attention keeps per head. But layer norms see a cut residual "
+        "stream: half of a pretrained network knows little more than the frequencies of tokens. "
+        'scope = "inner" leaves the stream whole, which loses and saves less.'
+    )
+
+    def runs(self, spec: Spec, ratio: float) -> Spec | None:
+        """With the scaler."""
+        return replace(spec, scale=ratio) if self.scaler and ratio < 1 else None
+
+    def objective(self, job: Job) -> Objective:
+        """Cross-entropy, among the device's own tokens where asked."""
+        return Objective(own_labels=self.own_labels)
+
+    def sends(self, spec: Spec, plan: Plan, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What it trains, and a byte per token: whether it is one of the device's own."""
+        labels = {_LABELS: ((spec.vocab,), torch.bool)} if self.own_labels else {}
+        return super().sends(spec, plan, steps) | labels
+
+    def finish(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> tuple[Params, Params]:
+        """The same."""
+        sent, kept = super().finish(job, params, aside, ops)
+        return sent | ({_LABELS: aside[_LABELS]} if self.own_labels else {}), kept
+
+    def decode(self, update: Update, job: Job, spec: Spec) -> Vote:
+        """What it holds; of the tokens that are not the device's own, nothing."""
+        vote = super().decode(update, job, spec)
+        if not self.own_labels:
+            return vote
+        own, layout = update.arrays[_LABELS].nonzero().flatten(), model.layout(spec)
+        arrays: Params = {}
+        for name in job.plan.trains:
+            axes = layout.params[name].axes
+            array = update.arrays[name]
+            arrays[name] = array.index_select(axes.index(_VOCAB), own) if _VOCAB in axes else array
+        keep = {**job.plan.keep, _VOCAB: Keep(len(own), units=tuple(own.tolist()))}
+        return replace(vote, plan=replace(job.plan, keep=keep), arrays=arrays)
+
+
+class Nested(Width):
+    """Widths of which each is the beginning of the wider ones: what nobody can train is not evaluated either."""
+
+    def prepare(self, spec: Spec, params: Params, fleet: Fleet) -> Params:
+        """Place of the widest plan that some device has."""
+        keeps = [plan.keep for plan in self.plans(spec, Turn(0, 0, 1), {})]
+        taken = (plan for group in set(fleet.class_of) if (plan := fleet.plans[group]))
+        return {"widest": torch.tensor(min(keeps.index(plan.keep) for plan in taken))}
+
+    def deploy(self, spec: Spec, params: Params, turn: Turn, memory: Params) -> tuple[Spec, Params]:
+        """That width of the network, without a scaler."""
+        plan = list(self.plans(spec, turn, {}))[int(memory["widest"])]
+        sizes = {axis: kept.count for axis, kept in plan.keep.items()}
+        narrower = replace(
+            spec,
+            embed=sizes.get(_EMBED, spec.embed),
+            heads=sizes.get(Axis("h.0.heads"), spec.heads),
+            head_dim=sizes.get(_HEAD_DIM, spec.head_dim),
+            ffn=sizes.get(Axis("h.0.ffn"), spec.ffn),
+        )
+        return narrower, narrow(params, model.layout(spec), plan)
+
+
+@dataclass(frozen=True)
+class HeteroFL(Scaled, Nested):
+    """Each device trains the first ceil(r n) channels of everything; every head keeps its first dimensions.
+
+    The network that is evaluated and handed out is the widest that some device can train.
+
+    **Source:** Diao, Ding and Tarokh, ICLR 2021, section 3; their code for what it does to Transformers: all heads
+    stay, each sliced, the softmax has the temperature of the sliced head, and all devices count the same.
+    **Departs:** the network is pre-LN GPT-2, without their hidden layer before the logits. "inner" cuts whole heads and
+    feed-forward units and leaves the residual stream as it is. A device also sends which tokens are its own, a byte
+    each. Clip the gradient at 1 (`local.clip`) as they do.
+    """
+
+    own_labels: bool = True
+
+    source: ClassVar[str] = "Diao et al. 2021"
+
+
+@dataclass(frozen=True)
+class FedRolex(Scaled):
+    """HeteroFL whose window of channels rolls on by `stride` in every round, so that all of the network is trained.
+
+    Of an axis of n units, a device of ratio r holds (t * stride + i) mod n for i < ceil(r n) in round t; the whole
+    network is evaluated.
+
+    **Source:** Alam, Liu, Yan and Zhang, NeurIPS 2022, section 3.2 and Algorithm 1.
+    **Departs:** the window rolls inside each head, since one that rolled over all channels at once would mix
+    neighbouring heads. Their code for Transformers masks labels as HeteroFL does, of which the rule says nothing
+    (`own_labels`). One step per round needs n rounds to sweep an axis, more than finetuning has; `stride` may be more.
+
+    Attributes:
+        stride: Units by which the window moves from round to round.
+    """
+
+    stride: int = 1
+
+    source: ClassVar[str] = "Alam et al. 2022"
+
+    def __post_init__(self) -> None:
+        """Refuse a window that cannot roll.
+
+        Raises:
+            ValueError: Naming the key, what was given and what is accepted.
+        """
+        super().__post_init__()
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1, got {self.stride}")
+
+    def keeps(self, axis: Axis, count: int, size: int, turn: Turn) -> Keep:
+        """Those from where the round begins on, around the end."""
+        return Keep(count, turn.round * self.stride % size)
+
+
+@dataclass(frozen=True)
+class Fjord(Nested):
+    """Each step trains the first units of a width drawn at random among those that the device can train.
+
+    With distillation a step has two passes: the device's whole network learns from the targets, then the width drawn
+    learns from what the whole one predicts, KL(p_whole || p_width); one update along the sum of both gradients. The
+    network that is evaluated and handed out is the widest that some device can train.
+
+    **Source:** Horvath, Laskaridis, Almeida, Leontiadis, Venieris and Lane, NeurIPS 2021, sections 3.2 to 3.4, and
+    their code in Flower's baselines. Their temperature and mixing weight are 1, as here. Their nested rule (for each
+    width, widest first, overwrite its units with the mean over all devices that hold them) is the overlap mean.
+    **Departs:** heads are dropped whole. Token and position embeddings and the head are never cut along the vocabulary,
+    and with "inner" not at all. Layer norms have one set of weights for all widths. They evaluate every width.
+
+    Attributes:
+        distill: Whether the whole network teaches the width drawn, which otherwise learns from the targets.
+    """
+
+    distill: bool = True
+
+    source: ClassVar[str] = "Horvath et al. 2021"
+    note: ClassVar[str] = (
+        "The widest network that a device trains sets its memory; distillation adds logits. A pretrained network loses "
+        'most of what it knows with half of its units, and with scope = "full" all but the frequencies of tokens.'
+    )
+
+    def runs(self, spec: Spec, ratio: float) -> Spec | None:
+        """The server's, by which the device knows how many units its narrower widths have."""
+        return spec
+
+    def objective(self, job: Job) -> Objective:
+        """The device's widths, with or without distillation."""
+        plan = job.plan
+        assert plan.network
+        sizes = model.layout(plan.network).sizes
+        own = {axis: plan.keep[axis].count if axis in plan.keep else size for axis, size in sizes.items()}
+        widths = self.widths(plan.network).values()
+        allowed = [units for units in widths if all(count <= own[axis] for axis, count in units.items())]
+        return Objective(widths=tuple(allowed), distill=self.distill)

@@ -19,6 +19,7 @@ from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
 from lamina.methods import METHODS, Method
 from lamina.methods.blocks import Caff
+from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.lora import FedLora
 from lamina.model import Spec
 from lamina.run import Run, start
@@ -36,6 +37,9 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "lora qv": FedLora(targets="qv"),
     "lora budget": FedLora(depth="budget"),
     "lora depth 1": FedLora(depth=1),
+    "depthfl every 2": DepthFL(every=2),
+    "progfed without warm-up": ProgFed(stages=2, warmup=0.0),
+    "slt deeper": Slt(training_depth=2, widths=3, first="share"),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lamina.errors import UserError
 from lamina.layout import Params
 from lamina.model import Spec
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, BESIDE = "model.safetensors", "config.json", "lamina.safetensors"
 
 _WANTED: dict[str, object] = {
     "model_type": "gpt2",
@@ -128,8 +128,17 @@ def load(folder: Path) -> tuple[Spec, Params]:
 
 
 def write(folder: Path, spec: Spec, params: Params, dtype: torch.dtype, extra: dict[str, Any]) -> None:
-    """Write the network, low-rank additions merged, as a Hugging Face folder; `extra` goes into config.json."""
-    spec, params = model.merged(spec, params)
+    """Write the network, low-rank additions merged, as a Hugging Face folder; `extra` goes into config.json.
+
+    Exits have no place in that layout: they go into a file of their own, under our names, and what is read back is the
+    network with its own head alone.
+    """
+    with_exits, params = model.merged(spec, params)
+    spec = replace(with_exits, exits=())
+    names = model.layout(with_exits).params.keys() - model.layout(spec).params.keys()
+    if names:
+        exits = {name: params[name].to(dtype).contiguous() for name in sorted(names)}
+        files.write(folder / BESIDE, save(exits, metadata={"format": "pt"}))
     theirs = {name: tensor.to(dtype).contiguous() for name, tensor in _theirs(spec, params)}
     files.write(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
     config = {

@@ -214,9 +214,9 @@ class DepthFL(_FromBelow):
 class ProgFed(_FromBelow):
     """The network grows: stage s trains the first s of S groups of blocks with a norm and head of their own.
 
-    Stage s begins in round (s - 1) g T / S of T, so that the whole network trains for the rest of them. At the beginning
-    of a stage after the first, its new blocks and its head train alone (warm-up). What is handed out is the network of
-    the stage.
+    Stage s begins in round (s - 1) g T / S of T; for the rest of them, the whole network trains. At the beginning of a
+    stage after the first, its new blocks and its head train alone (warm-up). What is handed out is the network of the
+    stage.
 
     **Source:** Wang, Stich, He and Fritz, ICML 2022, section 3; g = 1/2 and S = 4 as there.
     **Departs:** the warm-up rounds are part of a stage and not added to the rounds of the run; a stage of one round has

@@ -209,6 +209,7 @@ def test_depthfl_holds_and_trains_the_first_blocks_and_their_exits(every: int, e
     assert [plan.label for plan in plans] == ["all 4", *(f"first {depth} of 4" for depth in depths[1:])]
     own = {"norm.weight", "norm.bias", "head.weight"}
     for depth, plan in zip(depths, plans, strict=True):
+        assert (method.kept(adapted, plan), DepthFL(alpha=0.0).kept(adapted, plan)) == (plan.trains, frozenset())
         wanted = {
             n for i in range(depth) for n in model.layout(adapted).params if n.startswith((f"h.{i}.", f"exit.{i}."))
         }

@@ -96,10 +96,12 @@ class DepthFL(_FromBelow):
     plain mean m: h <- h - alpha n (m - w_t) / N, then w <- m - h / alpha. What is handed out predicts with the mean of
     the logits of all exits. The training loss that is shown is the first line.
 
-    **Source:** Kim, Yu, Kim and Moon, ICLR 2023, section 3 and Algorithm 1; FedDyn is Acar et al., ICLR 2021.
+    **Source:** Kim, Yu, Kim and Moon, ICLR 2023, section 3; the server's rule as in the first author's code (baseline
+    `depthfl` of Flower). FedDyn is Acar et al., ICLR 2021.
     **Departs:** T is a share of the rounds, since the paper's 300 (of 1000) are more than a finetuning run has. Exits
-    start as copies of the pretrained norm and head, and are as large; the paper's have layers of their own. N counts
-    the devices that can take part. A tensor that nobody trained in a round stays, as does its h.
+    start as copies of the pretrained norm and head, which shallow blocks were not trained for: at first the mean over
+    exits is worse than the pretrained network, which is what is evaluated before the first round. N counts the devices
+    that can take part. A tensor that nobody trained in a round stays, as does its h.
 
     Attributes:
         every: There is an exit after every so many blocks, and one at the end.
@@ -218,7 +220,7 @@ class ProgFed(_FromBelow):
     stage after the first, its new blocks and its head train alone (warm-up). What is handed out is the network of the
     stage.
 
-    **Source:** Wang, Stich, He and Fritz, ICML 2022, section 3; g = 1/2 and S = 4 as there.
+    **Source:** Wang, Stich, He and Fritz, ICML 2022, section 3; g = 1/2 and S = 4 as in their settings.
     **Departs:** the warm-up rounds are part of a stage and not added to the rounds of the run; a stage of one round has
     none. Heads of stages start as copies of the pretrained norm and head, and the last stage has those themselves. The
     last stage is training of the whole network, so budgets end the growth at the last stage that every class reaches;
@@ -319,8 +321,7 @@ class Slt(_FromBelow):
     Rounds: s_0 T for the first configuration, and for each of the others a part of the rest in proportion to the
     scalars that it trains. A device that can do more trains more of the blocks that are whole.
 
-    **Source:** Pfeiffer, Khalili and Henkel, NeurIPS 2023, section 3 and Algorithm 1, and for rounds and widths the
-    authors' code (k1l1/SLT).
+    **Source:** Pfeiffer, Khalili and Henkel, NeurIPS 2023, section 3; rounds and widths as in the authors' code (SLT).
     **Departs:** later blocks keep the whole residual stream; to cut it, as in the paper, would lose what they were
     pretrained for. The embeddings train where every block does, s_0 is its own (the code takes s_1), and widths have
     steps of 1/100 (`widths`) in the place of 1/1000. Configurations that some class cannot train at any width are left
@@ -340,8 +341,8 @@ class Slt(_FromBelow):
     source: ClassVar[str] = "Pfeiffer et al. 2023"
     cuts: ClassVar[str] = "heads and feed-forward units of later blocks"
     note: ClassVar[str] = (
-        "As much as the weakest class has, by choice of the width; the residual stream, and weights of frozen blocks, "
-        "are whole."
+        "Widths fill the budget of the weakest class in every round; the residual stream, and the weights of frozen "
+        "blocks, are whole."
     )
 
     def __post_init__(self) -> None:

@@ -43,6 +43,9 @@ KEYS = {
     "method fedavg": (METHODS["fedavg"], COMMON),
     "method caff": (METHODS["caff"], f"{COMMON} train_head train_embeddings"),
     "method lora": (METHODS["lora"], f"{COMMON} rank alpha targets depth train_head"),
+    "method depthfl": (METHODS["depthfl"], f"{COMMON} every alpha ramp"),
+    "method progfed": (METHODS["progfed"], f"{COMMON} stages growth warmup"),
+    "method slt": (METHODS["slt"], f"{COMMON} training_depth widths first"),
     "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
     "fleet": (DeviceClass, "name share memory uplink downlink flops"),
     "pretrain": (

@@ -19,6 +19,7 @@ from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
 from lamina.methods import METHODS, Method
 from lamina.methods.blocks import Caff
+from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
@@ -44,6 +45,9 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "heterofl inside": HeteroFL(scope="inner", ratios=(0.7, 0.2)),
     "fedrolex with labels": FedRolex(own_labels=True, scaler=False, stride=3),
     "fjord in full, alone": Fjord(scope="full", distill=False),
+    "depthfl every 2": DepthFL(every=2),
+    "progfed without warm-up": ProgFed(stages=2, warmup=0.0),
+    "slt deeper": Slt(training_depth=2, widths=3, first="share"),
 }
 
 

@@ -181,7 +181,8 @@ def test_exact_levers_leave_every_optimizer_as_it_is(local: Local, lever: Levers
 def test_all_levers_at_once_leave_every_plan_as_it_is(variant: str) -> None:
     method = VARIANTS[variant]
     network = method.adapt(SPEC)
-    for plan in method.plans(network, TURN, {}):
+    plans = list(method.plans(network, TURN, {}))
+    for plan in plans[:: 1 + len(plans) // 5]:
         for lever, slice_tokens in ((EXACT_LEVERS["all, micro 3"], 24), (ALL_EXACT, 256)):
             local = replace(LOCALS["momentum, clipped"], steps=2)
             same(network, plan, lever, local, Sequences(18, 12), slice_tokens, method)

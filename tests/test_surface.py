@@ -47,6 +47,9 @@ KEYS = {
     "method fedrolex": (METHODS["fedrolex"], f"{COMMON} ratios scope scaler own_labels stride"),
     "method fjord": (METHODS["fjord"], f"{COMMON} ratios scope distill"),
     "method lora": (METHODS["lora"], f"{COMMON} rank alpha targets depth train_head"),
+    "method depthfl": (METHODS["depthfl"], f"{COMMON} every alpha ramp"),
+    "method progfed": (METHODS["progfed"], f"{COMMON} stages growth warmup"),
+    "method slt": (METHODS["slt"], f"{COMMON} training_depth widths first"),
     "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
     "fleet": (DeviceClass, "name share memory uplink downlink flops"),
     "pretrain": (

@@ -114,7 +114,7 @@ def _run_prefix(job: Job, shard: Shard, spec: Spec, rows: np.ndarray, ops: Ops) 
     length = shard.batch(rows[:1])[0].shape[1]
     width = job.plan.shape(layout, "embed.tokens")[1]
     cache = ops.cache(len(rows), (length, width), levers.prefix_cache, levers.cache_bits)
-    size = max(1, _SLICE_TOKENS // length)
+    size, below = max(1, _SLICE_TOKENS // length), job.plan.below(layout)
     for part in ops.slices(len(rows), size):
         found, ids = np.unique(shard.batch(rows[part])[0], return_inverse=True)
         params = {
@@ -124,7 +124,7 @@ def _run_prefix(job: Job, shard: Shard, spec: Spec, rows: np.ndarray, ops: Ops) 
         cache.write(part.start, model.embed(spec, params, ops.tensor(ids.reshape(-1, length)), ops))
         del params
     for block in range(job.plan.first_trained(layout)):
-        params = {name: job.arrays[name] for name in job.plan.holds if layout.params[name].block == block}
+        params = {name: job.arrays[name] for name in below if layout.params[name].block == block}
         if params:
             for part in ops.slices(len(rows), size):
                 x_BSD = cache.read(np.arange(part.start, part.stop))
@@ -219,6 +219,7 @@ class _Trainer:
         self._upper = [i for i in blocks if first <= i <= self._exits[-1]]
         self._drawable = [_Cut(params, layout, units, ops) for units in objective.widths]
         self._turn = job.turn
+        self._trained = {row.block for name, row in layout.params.items() if name in plan.trains and row.part != "exit"}
         names: dict[int, list[str]] = {}
         for name in (name for name in layout.params if name in plan.trains):
             row = layout.params[name]
@@ -302,7 +303,7 @@ class _Trainer:
             leaf = x_BSD
             run = self._run_slices if levers.recompute else self._run
             x_BSD = run(params, leaf, block)
-            if staged:
+            if staged and (stages or block in self._trained):
                 stages.append(_Stage(block, leaf, None if levers.recompute else x_BSD))
             x_BSD = cut()
             if block in self._exits:

@@ -100,7 +100,7 @@ class Shape:
     def __setitem__(self, rows: slice, value: Shape) -> None:
         """Nothing to do: memory that is there is written."""
 
-    def add_(self, other: Shape) -> Shape:
+    def add_(self, other: Shape, alpha: float = 1.0) -> Shape:
         """In place."""
         return self
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from lamina.methods.base import Method
 from lamina.methods.blocks import Caff
+from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
@@ -21,6 +22,9 @@ METHODS: dict[str, type[Method]] = {
     "lora": FedLora,
     "fedhm": FedHM,
     "flanc": Flanc,
+    "depthfl": DepthFL,
+    "progfed": ProgFed,
+    "slt": Slt,
 }
 
 PLAIN = "plain"

@@ -18,8 +18,9 @@ from lamina.data.text import ALPHABET
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
 from lamina.methods import METHODS, Method
-from lamina.methods.blocks import Caff
+from lamina.methods.blocks import Alf, Caff
 from lamina.methods.lora import FedLora
+from lamina.methods.masks import PerFedMask
 from lamina.model import Spec
 from lamina.run import Run, start
 from lamina.server import DeviceRow, play_round
@@ -36,6 +37,8 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "lora qv": FedLora(targets="qv"),
     "lora budget": FedLora(depth="budget"),
     "lora depth 1": FedLora(depth=1),
+    "alf budget": Alf(depth="budget", min_rounds=1, patience=1, threshold=1.0),
+    "perfedmask with head": PerFedMask(train_head=True, starts=20),
 }
 
 

@@ -334,7 +334,12 @@ def first_state(experiment: Experiment, outlook: Outlook) -> State:
     params = method.equip(
         spec, params | {name: pretrained[name] for name in params.keys() & pretrained.keys()}, pretrained
     )
-    memory = {name: p.clone() for name, p in method.prepare(spec, params, outlook.fleet(experiment)).items()}
+    memory = {
+        name: p.clone()
+        for name, p in method.prepare(
+            spec, params, outlook.fleet(experiment), Turn(experiment.seed, 0, experiment.rounds)
+        ).items()
+    }
     changed = dict.fromkeys([*params, *(f"memory:{name}" for name in memory)], 0)
     return State(0, params, changed, {}, memory)
 

@@ -5,13 +5,18 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from lamina.methods.base import Method
-from lamina.methods.blocks import Caff
+from lamina.methods.blocks import Alf, Caff, CocoFl, FedRa
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
+from lamina.methods.masks import PerFedMask
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "caff": Caff,
+    "cocofl": CocoFl,
+    "alf": Alf,
+    "perfedmask": PerFedMask,
+    "fedra": FedRa,
     "lora": FedLora,
 }
 

@@ -166,6 +166,9 @@ def outcome(summary: Mapping[str, Any]) -> Table:
 
     nothing = [""] * 4
     rows = [(f"all, {text}", *nothing, *scores(summary["accuracy"], kind)) for kind, text in _KINDS.items()]
+    if own := summary["personalised"]:
+        both = {"before": summary["accuracy"]["before"], "after": own}
+        rows += [(f"each its own, over budget, {t}", *nothing, *scores(both, kind)) for kind, t in _KINDS.items()]
     for row in summary["classes"]:
         used = human("memory_bytes", row["predicted"]["memory_bytes"], row["budget"]["memory_bytes"])
         held = (row["plan"] or "sits out", str(row["devices"]), str(row["sat_out"]), used)

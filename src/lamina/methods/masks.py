@@ -27,17 +27,19 @@ class PerFedMask(Method):
     With m_ck whether device c trains block k of l blocks, all of one size, and K_ck = m_ck / sum_c m_ck, the masks
     minimise
         sum_c [ l max_k K_ck - sum_k K_ck + e_c ],    e_c = M_c - sum_k m_ck,    M_c: the most blocks that c can train,
-    so that no device has a large share in some blocks and none in others. A block then becomes the mean over the
+    so that no device has a large share in some blocks and a small one in others. A block then becomes the mean over the
     devices that train it, by examples.
 
     **Source:** Setayesh, Li and Wong, ICLR 2023 (PerFedMask); the objective as in the authors' code.
     **Departs:** the paper relaxes the masks and solves one convex programme after another with a commercial solver,
-    from the best of 1000 random masks. Here that start, and the last blocks of every device, are improved, the mask of
-    one device after another, as long as that helps (some seconds for a hundred devices). A device can train what fits
-    its budgets, where the paper gives it a fraction of the parameters wherever they are: if memory is scarce, most
-    blocks fit at the top, and masks come out much like those of `caff`; if it is the uplink, they spread. The
-    embeddings never train. Personalisation is off by default, so that one network is evaluated, as with the other
-    methods; the paper's is `personal_epochs = 5`.
+    from the best of 1000 random masks or the first blocks that fit. Here the best random masks and the last blocks that
+    fit each device, which are the cheapest, are improved, of devices that are alike and of one after another, as long
+    as that helps: some seconds for a hundred devices; the optimum is not certain. A device can train what fits its
+    budgets, where the paper gives it a fraction of the parameters wherever they are. The objective favours that devices
+    train the same blocks, and as many as fit: under memory budgets, and in fleets of devices that are all alike, masks
+    come out much like the plans of `caff`, and a block that only few could train may be trained by none. The embeddings
+    never train. Personalisation is off by default, so that one network is evaluated, as with the other methods; the
+    paper's is `personal_epochs = 5`.
 
     Attributes:
         starts: Masks, all but the first at random, from which the search goes on.
@@ -174,14 +176,16 @@ def _filled(limits: np.ndarray, orders: np.ndarray) -> np.ndarray:
 
 
 def _improved(masks: np.ndarray, limits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The best change of one device after another, as long as any helps."""
+    """The best change of all devices that are alike, and of one device after another, as long as any helps."""
     value, before = float(objective(masks, limits)), np.inf
     while value < before:
         before = value
-        for device, limit in enumerate(limits):
-            changed = _changes(masks[device], limit, rng)
+        kinds = np.unique(np.hstack([masks, limits]), axis=0, return_inverse=True)[1].reshape(-1)
+        alike = [np.flatnonzero(kinds == kind) for kind in range(kinds.max() + 1)]
+        for devices in [*alike, *np.arange(len(masks))[:, None]]:
+            changed = _changes(masks[devices[0]], limits[devices[0]], rng)
             tried = np.repeat(masks[None], len(changed), 0)
-            tried[:, device] = changed
+            tried[:, devices] = changed[:, None]
             reached = objective(tried, limits)
             if reached.min() < value - 1e-9:  # rounding is no progress
                 masks, value = tried[reached.argmin()], float(reached.min())

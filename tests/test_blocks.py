@@ -58,8 +58,11 @@ def test_every_run_of_units_is_a_candidate_once_and_all_else_is_frozen_in_8_bits
     wanted = {union(UNITS[first:end]) for first in range(5) for end in range(first + 1, 6)}
     assert Counter(plan.trains for plan in runs()) == Counter(wanted)
     assert {plan.holds for plan in runs()} == {frozenset(LAYOUT.params)}
-    assert {plan.levers.frozen_bits for plan in runs()} == {8}
-    assert {plan.levers.frozen_bits for plan in runs(CocoFl(frozen_bits=16))} == {16}
+    for bits_ in (8, 16, 32):
+        some = [plan for plan in runs(CocoFl(frozen_bits=bits_)) if plan.trains != plan.holds]
+        assert {plan.levers for plan in some} == {Levers(frozen_bits=bits_)}
+    assert runs()[0].levers == Levers()
+    assert CocoFl().frozen_bits == 8
 
 
 def test_runs_are_called_by_their_ends() -> None:
@@ -71,42 +74,62 @@ def test_runs_are_called_by_their_ends() -> None:
     assert len(set(labels.values())) == 15
 
 
-def maximal(plans: list[Plan]) -> set[frozenset[str]]:
-    found = {plan.trains for plan in plans}
-    return {trains for trains in found if not any(trains < other for other in found)}
+def maximal(runs: set[frozenset[str]]) -> set[frozenset[str]]:
+    return {trains for trains in runs if not any(trains < other for other in runs)}
 
 
-@pytest.mark.parametrize("kept", [[0, 3, 8, 14], [4, 7, 11], [9], [14], list(range(5, 15)), [2, 12, 13]])
-def test_one_of_the_largest_runs_is_drawn_each_as_likely(kept: list[int]) -> None:
+def asked(fits: set[frozenset[str]]) -> tuple[list[Plan], list[Plan]]:
+    """The plans that CoCoFL offers where these runs and those within them fit, and those it asked for."""
+    told: list[Plan] = []
+
+    def answer(plan: Plan) -> Plan | None:
+        told.append(plan)
+        return plan if any(plan.trains <= run for run in fits) else None
+
+    return list(CocoFl().fitting(SPEC, TURN, {}, answer)), told
+
+
+ENDS = [(first, end) for first in range(5) for end in range(first + 1, 6)]
+FITTING = [*combinations(ENDS, 1), *combinations(ENDS, 2), *combinations(ENDS, 3)]
+
+
+def test_of_the_runs_that_fit_those_within_others_are_left_out() -> None:
+    for ends in FITTING:
+        fits = {union(UNITS[first:end]) for first, end in ends}
+        found, told = asked(fits)
+        assert Counter(plan.trains for plan in found) == Counter(maximal(fits))
+        assert len(told) <= 2 * 5 + 1
+    assert len(asked({union(UNITS)})[1]) == 1
+    nothing, told = asked(set())
+    assert not nothing and (told[0].trains, told[-1].trains) == (union(UNITS), frozenset(UNITS[4]))
+
+
+@pytest.mark.parametrize("kept", [[9], [4, 7], [4, 7, 11], [1, 5, 8, 12]])
+def test_each_is_as_likely(kept: list[int]) -> None:
     feasible = [runs()[i] for i in kept]
     turns = [Turn(seed=1, round=i // 40, rounds=9, device=i % 40) for i in range(360)]
-    drawn = Counter(picked.trains for turn in turns if (picked := CocoFl().pick(iter(feasible), turn)))
-    wanted = maximal(feasible)
-    assert set(drawn) == wanted
-    mean = 360 / len(wanted)
+    drawn = Counter(picked.label for turn in turns if (picked := CocoFl().pick(iter(feasible), turn)))
+    mean = 360 / len(feasible)
+    assert set(drawn) == {plan.label for plan in feasible}
     assert all(abs(count - mean) <= 4 * math.sqrt(mean) for count in drawn.values())
 
 
 def test_what_stands_for_a_class_has_the_longest_run_and_without_any_there_is_none() -> None:
-    feasible = runs()[3:]
+    feasible = [runs()[i] for i in (12, 4, 9)]
+    assert max(feasible, key=lambda plan: len(plan.trains)) is feasible[1]
     for round_ in range(5):
-        assert CocoFl().pick(iter(feasible), Turn(0, round_, 9)) is feasible[0]
+        assert CocoFl().pick(iter(feasible), Turn(0, round_, 9)) is feasible[1]
     assert CocoFl().pick(iter([]), TURN) is None
-
-
-def test_nothing_more_is_priced_once_everything_fits() -> None:
-    asked = iter(runs())
-    assert CocoFl().pick(asked, Turn(0, 0, 1, 3)) is runs()[0]
-    assert len(list(asked)) == 14
+    assert CocoFl().pick(iter([]), replace(TURN, device=0)) is None
 
 
 @pytest.mark.parametrize("limit", ["memory_bytes", "up_bytes", "flops"])
 def test_the_planner_offers_what_fits(limit: str) -> None:
     """Against all prices, one by one, at the price of two different runs and just below."""
     prices = {plan.trains: getattr(cost(SPEC, plan, LOCAL, WINDOW, STEPS), limit) for plan in runs()}
-    for edge in (union(UNITS[1:3]), union(UNITS[3:])):
+    for edge in (union(UNITS[1:3]), union(UNITS[3:]), union(UNITS[:2]), frozenset(UNITS[2])):
         for size in (prices[edge], prices[edge] - 1):
-            fitting = maximal([plan for plan in runs() if prices[plan.trains] <= size])
+            fitting = maximal({plan.trains for plan in runs() if prices[plan.trains] <= size})
             budget, found = Budget(**{limit: size}), set()
             for device in range(60):
                 turn = Turn(0, 0, 1, device)

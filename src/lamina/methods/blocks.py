@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -107,36 +107,44 @@ class CocoFl(Method):
 
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """All runs, by the number of elements, of equal ones the lowest first; last the head, which is the cheapest."""
-        yield from _runs(spec, self.frozen_bits)
+        yield from _runs(spec, self.frozen_bits).values()
+
+    def fitting(self, spec: Spec, turn: Turn, memory: Params, fits: Callable[[Plan], Plan | None]) -> Iterator[Plan]:
+        """Those that are part of no other; as what is within a run that fits does too, about two questions a unit."""
+        runs, units, end = _runs(spec, self.frozen_bits), spec.blocks + 2, 0
+        if found := fits(runs[0, units]):
+            yield found
+            return
+        for first in range(units):
+            longest, end = None, max(end, first)
+            while end < units and (found := fits(runs[first, end + 1])):
+                longest, end = found, end + 1
+            if longest:
+                yield longest
 
     def pick(self, feasible: Iterator[Plan], turn: Turn) -> Plan | None:
-        """One of the runs that are part of no other; for device -1, which stands for any, the first of them."""
-        maximal: list[Plan] = []
-        for plan in feasible:
-            if not any(plan.trains < other.trains for other in maximal):
-                maximal.append(plan)
-            if plan.trains == plan.holds:
-                break  # all others are part of it
-        if not maximal:
-            return None
-        return maximal[int(turn.rng("run").integers(len(maximal))) if turn.device >= 0 else 0]
+        """One of them; for device -1, which stands for any, the one with most tensors."""
+        runs = list(feasible)
+        if turn.device < 0:
+            return max(runs, key=lambda plan: len(plan.trains), default=None)
+        return runs[int(turn.rng("run").integers(len(runs)))] if runs else None
 
 
 @cache
-def _runs(spec: Spec, frozen_bits: Literal[8, 16, 32]) -> tuple[Plan, ...]:
+def _runs(spec: Spec, frozen_bits: Literal[8, 16, 32]) -> Mapping[tuple[int, int], Plan]:
+    """First unit and the one after the last -> plan."""
     units, blocks, layout = _units(spec), spec.blocks, model.layout(spec)
     names = ["embeddings", *(f"block {i}" for i in range(blocks)), "head"]
-    holds, levers, top = frozenset(chain(*units)), Levers(frozen_bits=frozen_bits), len(units)
+    holds, top = frozenset(chain(*units)), len(units)
     sizes = [sum(map(layout.numel, unit)) for unit in units]
     runs = [(first, end) for first in range(top) for end in range(first + 1, top + 1)]
     runs.sort(key=lambda run: (run == (top - 1, top), -sum(sizes[slice(*run)]), run))
-    made = []
-    for first, end in runs:
-        label = suffix_label(blocks, blocks)
-        if end - first < top:
-            label = f"{' to '.join(dict.fromkeys((names[first], names[end - 1])))} of {blocks}"
-        made.append(Plan(holds, frozenset(chain(*units[first:end])), label=label, levers=levers))
-    return tuple(made)
+    made = {(0, top): Plan(holds, holds, label=suffix_label(blocks, blocks))}  # nothing is frozen
+    for first, end in runs[1:]:
+        label = f"{' to '.join(dict.fromkeys((names[first], names[end - 1])))} of {blocks}"
+        trains = frozenset(chain(*units[first:end]))
+        made[first, end] = Plan(holds, trains, label=label, levers=Levers(frozen_bits=frozen_bits))
+    return made
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from lamina.data.text import ALPHABET
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
 from lamina.methods import METHODS, Method
-from lamina.methods.blocks import Caff
+from lamina.methods.blocks import Alf, Caff
 from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
+from lamina.methods.masks import PerFedMask
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 from lamina.model import Spec
 from lamina.run import Run, start
@@ -48,6 +49,8 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "depthfl every 2": DepthFL(every=2),
     "progfed without warm-up": ProgFed(stages=2, warmup=0.0),
     "slt deeper": Slt(training_depth=2, widths=3, first="share"),
+    "alf budget": Alf(depth="budget", min_rounds=1, patience=1, threshold=1.0),
+    "perfedmask with head": PerFedMask(train_head=True, starts=20),
 }
 
 

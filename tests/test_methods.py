@@ -85,7 +85,7 @@ class Server:
         self.turn = Turn(0, self.method.peak_round(3), 3, 0)
         plans = tuple(self.method.plans(self.spec, self.turn, {}))
         fleet = Fleet([0, 0], (plans[0],), lambda group, plan: True)
-        self.memory = self.method.prepare(self.spec, self.params, fleet)
+        self.memory = self.method.prepare(self.spec, self.params, fleet, replace(self.turn, device=-1))
         self.plans = list(self.method.plans(self.spec, self.turn, self.memory))
 
     def job(self, plan: Plan) -> Job:

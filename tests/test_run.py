@@ -328,6 +328,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
             "name": str,
             "method": str,
             "accuracy": accuracy,
+            "personalised": type(None),
             "network": {
                 "chosen": str,
                 "candidates": [{"name": str, "blocks": int, "mean_trained_blocks": float, "feasible": bool}],

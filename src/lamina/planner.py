@@ -145,13 +145,11 @@ def choose_plan(
     limit = Budget() if method.on_infeasible == "ignore" else budget
     tried: list[Fitted] = []
 
-    def feasible() -> Iterator[Plan]:
-        for plan in method.plans(spec, turn, memory or {}):
-            tried.append(fit(spec, plan, limit, local, tokens, steps, levers, method))
-            if not tried[-1].exceeded:
-                yield tried[-1].plan
+    def fits(plan: Plan) -> Plan | None:
+        tried.append(fit(spec, plan, limit, local, tokens, steps, levers, method))
+        return None if tried[-1].exceeded else tried[-1].plan
 
-    picked = method.pick(feasible(), turn)
+    picked = method.pick(method.fitting(spec, turn, memory or {}, fits), turn)
     richer = list(takewhile(lambda each: each.exceeded, tried))
     binding = richer[-1].exceeded if richer else ()
     if picked is None:

@@ -40,6 +40,7 @@ from lamina.layout import Params
 from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
 from lamina.model import Spec
+from lamina.personal import personalise
 from lamina.server import DeviceRow, play_round
 from lamina.state import State
 from lamina.turn import generator
@@ -87,6 +88,7 @@ class Run:
     state: State
     before: Score | None = None
     after: Score | None = None
+    own: Score | None = None
     seconds: float = 0.0
 
     @property
@@ -113,7 +115,8 @@ class Run:
 
         Args:
             on_round: Told about each finished round.
-            on_progress: Told the updates that came and the jobs of the round under way.
+            on_progress: Told the updates that came and the jobs of the round under way; at the end the devices that are
+                personalised and all, if the method asks for that.
             engine: Carries the jobs; by default the devices are simulated in this process.
 
         Returns:
@@ -133,7 +136,16 @@ class Run:
             self._append("devices.jsonl", [{"round": row.round} | self._readable(each) for each in rows])
             tick = self._commit(tick)
             on_round(row, rows)
+        self.own = self._personalised(on_progress)
         return self._finish(tick)
+
+    def _personalised(self, on_progress: Callable[[int, int], None]) -> Score | None:
+        """Accuracy of the devices with networks of their own, if the method asks for them; begun anew after a stop."""
+        local = self.experiment.method.personal(self.experiment.local)
+        if local is None:
+            return None
+        turn = Turn(self.experiment.seed, self.experiment.rounds, self.experiment.rounds)
+        return personalise(*self.deployed(), self.task, local, turn, self.workers, on_progress)
 
     def _engine(self) -> Engine:
         spec, shards, outlook = self.outlook.chosen.spec, self.task.train, self.outlook
@@ -221,6 +233,7 @@ class Run:
             "name": self.experiment.name,
             "method": self.experiment.to_table()["method"]["name"],
             "accuracy": _accuracies(self.before, self.after),
+            "personalised": self.own.accuracy() if self.own else None,
             "network": self.outlook.network_json(),
             "classes": classes,
             "totals": totals,
@@ -334,7 +347,12 @@ def first_state(experiment: Experiment, outlook: Outlook) -> State:
     params = method.equip(
         spec, params | {name: pretrained[name] for name in params.keys() & pretrained.keys()}, pretrained
     )
-    memory = {name: p.clone() for name, p in method.prepare(spec, params, outlook.fleet(experiment)).items()}
+    memory = {
+        name: p.clone()
+        for name, p in method.prepare(
+            spec, params, outlook.fleet(experiment), Turn(experiment.seed, 0, experiment.rounds)
+        ).items()
+    }
     changed = dict.fromkeys([*params, *(f"memory:{name}" for name in memory)], 0)
     return State(0, params, changed, {}, memory)
 

@@ -166,13 +166,19 @@ def outcome(summary: Mapping[str, Any]) -> Table:
 
     nothing = [""] * 4
     rows = [(f"all, {text}", *nothing, *scores(summary["accuracy"], kind)) for kind, text in _KINDS.items()]
+    if own := summary["personalised"]:
+        both = {"before": summary["accuracy"]["before"], "after": own}
+        rows += [(f"each*, {text}", *nothing, *scores(both, kind)) for kind, text in _KINDS.items()]
     for row in summary["classes"]:
         used = human("memory_bytes", row["predicted"]["memory_bytes"], row["budget"]["memory_bytes"])
         held = (row["plan"] or "sits out", str(row["devices"]), str(row["sat_out"]), used)
         gained = scores(row["accuracy"], "mean_over_devices") if row["accuracy"] else ("", "", "")
         rows.append((row["name"], *held, *gained))
     head = ("devices", "trains blocks", "number", "sat out", "memory", "before", "after", "gain")
-    return Table("Accuracy on held-out text (of a class: mean over its devices)", head, rows, left=2)
+    title = "Accuracy on held-out text (of a class: mean over its devices)"
+    if own:
+        title += "; * finetuned by each device for itself in the end, beyond its budget"
+    return Table(title, head, rows, left=2)
 
 
 def totals(summary: Mapping[str, Any]) -> Table:

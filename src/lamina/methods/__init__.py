@@ -5,11 +5,12 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from lamina.methods.base import Method
-from lamina.methods.blocks import Caff
+from lamina.methods.blocks import Alf, Caff, CocoFl, FedRa
 from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
+from lamina.methods.masks import PerFedMask
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 
 METHODS: dict[str, type[Method]] = {
@@ -19,6 +20,10 @@ METHODS: dict[str, type[Method]] = {
     "heterofl": HeteroFL,
     "fedrolex": FedRolex,
     "fjord": Fjord,
+    "cocofl": CocoFl,
+    "alf": Alf,
+    "perfedmask": PerFedMask,
+    "fedra": FedRa,
     "lora": FedLora,
     "fedhm": FedHM,
     "flanc": Flanc,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lamina import model
-from lamina.job import Job, Turn, Update
+from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Axis, Params
 from lamina.model import Spec
 from lamina.ops import Ops
@@ -47,9 +47,10 @@ class Method:
     what differs from federated averaging of a network of which everybody trains everything, and nothing else.
 
     Hooks of the server: `adapt` and `equip` before the first round; `prepare`, once the network is chosen; in each
-    round `plans`, `pick` and `encode` on the way out, `decode`, `weight` and `merge` on the way back; `deploy` before
-    an evaluation. Hooks of a device, in order: `remember`, `objective`, `pull` (before each update), `finish`.
-    `memory` is what the server keeps for the method besides the network; it is saved and restored with a run.
+    round `plans`, `fitting`, `pick` and `encode` on the way out, `decode`, `weight` and `merge` on the way back;
+    `deploy` before an evaluation; `personal` after the last round. Hooks of a device, in order: `remember`,
+    `objective`, `pull` (before each update), `finish`. `memory` is what the server keeps for the method besides the
+    network; it is saved and restored with a run.
 
     Attributes:
         absent: What a device that took part but did not train a scalar says about it: "skip" (nothing) or "keep" (the
@@ -90,8 +91,8 @@ class Method:
         """
         return params
 
-    def prepare(self, spec: Spec, params: Params, fleet: Fleet) -> Params:
-        """The first memory; by default none."""
+    def prepare(self, spec: Spec, params: Params, fleet: Fleet, turn: Turn) -> Params:
+        """The first memory; by default none. `turn` is the server's before the first round, for those that draw."""
         return {}
 
     def peak_round(self, rounds: int) -> int:
@@ -110,6 +111,17 @@ class Method:
             Plans, each cheaper than the one before in at least one resource.
         """
         raise NotImplementedError
+
+    def fitting(self, spec: Spec, turn: Turn, memory: Params, fits: Callable[[Plan], Plan | None]) -> Iterator[Plan]:
+        """The plans that fit, richest first: by default each is asked for in turn.
+
+        Args:
+            spec: As in `plans`.
+            turn: As in `plans`.
+            memory: As in `plans`.
+            fits: Gives a plan back with the levers it needs, or None if it does not fit.
+        """
+        return (found for plan in self.plans(spec, turn, memory) if (found := fits(plan)))
 
     def pick(self, feasible: Iterator[Plan], turn: Turn) -> Plan | None:
         """One of the plans that fit, which come as they are asked for, richest first; None if none does."""
@@ -141,6 +153,16 @@ class Method:
     def deploy(self, spec: Spec, params: Params, turn: Turn, memory: Params) -> tuple[Spec, Params]:
         """The network that is evaluated and handed out after `turn.round` (-1 before the first); all by default."""
         return spec, params
+
+    def personal(self, local: Local) -> Local | None:
+        """How each device finetunes what was deployed, for itself, after the last round; None: not at all.
+
+        All tensors train, and no budget is kept then.
+
+        Args:
+            local: Of the run.
+        """
+        return None
 
     def objective(self, job: Job) -> Objective:
         """What a device minimises."""

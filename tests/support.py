@@ -18,8 +18,11 @@ from lamina.data.text import ALPHABET
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
 from lamina.methods import METHODS, Method
+from lamina.methods.adapters import Adapters
 from lamina.methods.blocks import Caff
+from lamina.methods.exact import FlexLora
 from lamina.methods.lora import FedLora
+from lamina.methods.slora import SLora
 from lamina.model import Spec
 from lamina.run import Run, start
 from lamina.server import DeviceRow, play_round
@@ -36,6 +39,9 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "lora qv": FedLora(targets="qv"),
     "lora budget": FedLora(depth="budget"),
     "lora depth 1": FedLora(depth=1),
+    "slora budget": SLora(depth="budget", rank=2),
+    "flexlora qv budget": FlexLora(depth="budget", targets="qv", rank=3),
+    "adapters budget": Adapters(depth="budget", width=4),
 }
 
 

@@ -93,7 +93,7 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client._Trainer, "step", noted)
         patch.setattr(client, "_SLICE_TOKENS", slice_tokens)
-        job = Job(TURN, plan, local, narrow(params, model.layout(network), plan)).owned()
+        job = Job(TURN, plan, local, narrow(params, model.layout(plan.runs(network)), plan)).owned()
         update = client.train(job, shard, network)
     assert update.steps == len(losses)
     assert update.loss == pytest.approx(np.mean(losses), rel=1e-9)
@@ -104,7 +104,7 @@ def run(
 def without(network: Spec, plan: Plan, local: Local, shard: Sequences) -> tuple[list[float], Params]:
     """The same round with no lever at all."""
     assert plan.levers == Levers()
-    return run(network, plan, local, shard, weights(network))
+    return run(network, plan, local, shard, weights(plan.runs(network)))
 
 
 def same(network: Spec, plan: Plan, lever: Levers, local: Local, shard: Sequences, slice_tokens: int) -> None:
@@ -114,7 +114,7 @@ def same(network: Spec, plan: Plan, lever: Levers, local: Local, shard: Sequence
     the keys' bias are nothing but rounding, since they shift all scores of a query alike.
     """
     losses, tensors = without(network, plan, local, shard)
-    got_losses, got = run(network, replace(plan, levers=lever), local, shard, weights(network), slice_tokens)
+    got_losses, got = run(network, replace(plan, levers=lever), local, shard, weights(plan.runs(network)), slice_tokens)
     assert got_losses == pytest.approx(losses, rel=2e-6)
     assert set(got) == set(tensors) == plan.trains
     travelled = local.lr * len(losses)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lamina.errors import UserError
 from lamina.layout import Params
 from lamina.model import Spec
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, OURS = "model.safetensors", "config.json", "lamina.safetensors"
 
 _WANTED: dict[str, object] = {
     "model_type": "gpt2",
@@ -128,10 +128,17 @@ def load(folder: Path) -> tuple[Spec, Params]:
 
 
 def write(folder: Path, spec: Spec, params: Params, dtype: torch.dtype, extra: dict[str, Any]) -> None:
-    """Write the network, low-rank additions merged, as a Hugging Face folder; `extra` goes into config.json."""
+    """Write the network, low-rank additions merged, as a Hugging Face folder; `extra` goes into config.json.
+
+    What has no place in that layout (adapters, exits) is in lamina.safetensors beside it, by our names, with the sizes
+    of the whole network in the metadata as JSON; others load the network without it.
+    """
     spec, params = model.merged(spec, params)
-    theirs = {name: tensor.to(dtype).contiguous() for name, tensor in _theirs(spec, params)}
+    base = replace(spec, adapter=0, exits=())
+    theirs = {name: tensor.to(dtype).contiguous() for name, tensor in _theirs(base, params)}
     files.write(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
+    if ours := {name: params[name].to(dtype).contiguous() for name in params.keys() - model.layout(base).params.keys()}:
+        files.write(folder / OURS, save(ours, metadata={"spec": json.dumps(asdict(spec))}))
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -4,15 +4,26 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
+from lamina.methods.adapters import Adapters
 from lamina.methods.base import Method
 from lamina.methods.blocks import Caff
+from lamina.methods.exact import FedExLora, FlexLora, Flora
 from lamina.methods.full import FedAvg
-from lamina.methods.lora import FedLora
+from lamina.methods.lora import FedLora, FfaLora, HetLora, LoraLastT
+from lamina.methods.slora import SLora
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "caff": Caff,
     "lora": FedLora,
+    "lora-last-t": LoraLastT,
+    "ffa-lora": FfaLora,
+    "hetlora": HetLora,
+    "slora": SLora,
+    "flora": Flora,
+    "flexlora": FlexLora,
+    "fedex-lora": FedExLora,
+    "adapters": Adapters,
 }
 
 PLAIN = "plain"

@@ -18,11 +18,14 @@ from lamina.data.text import ALPHABET
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
 from lamina.methods import METHODS, Method
+from lamina.methods.adapters import Adapters
 from lamina.methods.blocks import Alf, Caff
 from lamina.methods.depth import DepthFL, ProgFed, Slt
+from lamina.methods.exact import FlexLora
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask
+from lamina.methods.slora import SLora
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 from lamina.model import Spec
 from lamina.run import Run, start
@@ -51,6 +54,9 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "slt deeper": Slt(training_depth=2, widths=3, first="share"),
     "alf budget": Alf(depth="budget", min_rounds=1, patience=1, threshold=1.0),
     "perfedmask with head": PerFedMask(train_head=True, starts=20),
+    "slora budget": SLora(depth="budget", rank=2),
+    "flexlora qv budget": FlexLora(depth="budget", targets="qv", rank=3),
+    "adapters budget": Adapters(depth="budget", width=4),
 }
 
 

@@ -418,7 +418,7 @@ def test_the_fleet_stops_growing_where_a_class_cannot_follow(world: Table, tmp_p
     assert network == spec(2)
     deployed, wanted = whole.deployed()
     assert deployed == network and bits(params) == bits(wanted)
-    assert not (whole.folder / "model" / checkpoint.BESIDE).exists()
+    assert not (whole.folder / "model" / checkpoint.OURS).exists()
     assert whole.state.params["exit.1.head.weight"].equal(params["head.weight"])
 
 
@@ -455,7 +455,7 @@ def fleet_of(method: Slt, blocks: int, *budgets: int | None, local: Local) -> Fl
 
 
 def configurations(method: Slt, fleet: Fleet, blocks: int = 4) -> list[tuple[int, float]]:
-    memory = method.prepare(spec(blocks), {}, fleet)
+    memory = method.prepare(spec(blocks), {}, fleet, TURN)
     return [(int(whole), width) for whole, width in memory["configurations"].tolist()]
 
 
@@ -610,9 +610,9 @@ def test_the_loss_falls_and_the_network_is_written(method: Method, world: Table,
     network, params = run.deployed()
     folder = run.folder / "model"
     assert bits(checkpoint.load(folder)[1]) == bits(first_blocks(network, params, network.blocks)[1])
-    assert (folder / checkpoint.BESIDE).exists() == bool(network.exits) == isinstance(method, DepthFL)
+    assert (folder / checkpoint.OURS).exists() == bool(network.exits) == isinstance(method, DepthFL)
     if network.exits:
-        beside = load_file(folder / checkpoint.BESIDE)
+        beside = load_file(folder / checkpoint.OURS)
         assert bits(beside) == bits({name: p for name, p in params.items() if name.startswith("exit.")})
 
 

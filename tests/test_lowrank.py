@@ -336,7 +336,7 @@ def test_widths_that_come_to_the_same_are_one() -> None:
     network = Flanc().adapt(replace(SPEC, heads=1, ffn=16))
     method = Flanc(widths=(1.0, 0.8, 0.5, 0.3))
     assert [plan.label for plan in method.plans(network, TURN, {})] == ["width 1", "width 0.5"]
-    assert {name.split("/")[0] for name in method.prepare(network, weights(network), NOBODY)} == {"0.5"}
+    assert {name.split("/")[0] for name in method.prepare(network, weights(network), NOBODY, TURN)} == {"0.5"}
 
 
 @cache
@@ -345,7 +345,7 @@ def begun(method: Flanc) -> tuple[Spec, Params, Params]:
     network = method.adapt(SPEC)
     drawn = weights(network) | {name: p for name, p in weights(SPEC).items() if name in model.layout(network).params}
     params = method.equip(network, drawn, weights(SPEC))
-    return network, params, method.prepare(network, params, NOBODY)
+    return network, params, method.prepare(network, params, NOBODY, TURN)
 
 
 def held(method: Flanc, number: int) -> tuple[Spec, Params]:

@@ -472,7 +472,7 @@ def test_the_widest_that_some_device_trains_is_evaluated(method: Width, widest: 
     """A class without devices is none; the narrower network is a network of its own, also on disk."""
     found = plans(method)
     fleet = Fleet([2, 1, 2], (found[0], found[4], found[widest], None), lambda group, plan: True)
-    memory = method.prepare(SPEC, PARAMS, fleet)
+    memory = method.prepare(SPEC, PARAMS, fleet, TURN)
     network, params = method.deploy(SPEC, PARAMS, Turn(7, -1, 9), memory)
     ids, _ = first_batch(examples())
     expected = logits(narrow(PARAMS, LAYOUT, found[widest]), ids)
@@ -515,7 +515,9 @@ def test_the_window_rolls_by_its_stride_around_every_axis(stride: int, scope: An
                 assert kept.indices(size).tolist() == window.tolist()
                 held[axis] |= set(window.tolist())
     assert all(held[axis] == set(range(LAYOUT.sizes[axis])) for axis in plan.keep)
-    assert method.deploy(SPEC, PARAMS, TURN, method.prepare(SPEC, PARAMS, Fleet([0], (plan,), lambda g, p: True))) == (
+    assert method.deploy(
+        SPEC, PARAMS, TURN, method.prepare(SPEC, PARAMS, Fleet([0], (plan,), lambda g, p: True), TURN)
+    ) == (
         SPEC,
         PARAMS,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lamina.errors import UserError
 from lamina.layout import Params
 from lamina.model import Spec
 
-WEIGHTS, CONFIG, BESIDE = "model.safetensors", "config.json", "lamina.safetensors"
+WEIGHTS, CONFIG, OURS = "model.safetensors", "config.json", "lamina.safetensors"
 
 _WANTED: dict[str, object] = {
     "model_type": "gpt2",
@@ -132,17 +132,18 @@ def load(folder: Path) -> tuple[Spec, Params]:
 def write(folder: Path, spec: Spec, params: Params, dtype: torch.dtype, extra: dict[str, Any]) -> None:
     """Write the network, low-rank additions merged, as a Hugging Face folder; `extra` goes into config.json.
 
-    What has no place in that layout, such as exits and adapters, goes into a file of its own, under our names, and what
-    is read back is the network without it. GPT-2's heads are as wide as the network together; where they are not (a
-    network cut in width), config.json has a `head_dim` of ours, and the folder is for us alone.
+    What has no place in that layout, such as exits and adapters, is in lamina.safetensors beside it, by our names, with
+    the sizes of the whole network in the metadata as JSON; others load the network without it. GPT-2's heads are as
+    wide as the network together; where they are not (a network cut in width), config.json has a `head_dim` of ours, and
+    the folder is for us alone.
     """
     whole, params = model.merged(spec, params)
-    spec = replace(whole, exits=(), adapter=0)
-    if names := model.layout(whole).params.keys() - model.layout(spec).params.keys():
-        beside = {name: params[name].to(dtype).contiguous() for name in sorted(names)}
-        files.write(folder / BESIDE, save(beside, metadata={"format": "pt"}))
+    spec = replace(whole, adapter=0, exits=())
     theirs = {name: tensor.to(dtype).contiguous() for name, tensor in _theirs(spec, params)}
     files.write(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
+    if names := params.keys() - model.layout(spec).params.keys():
+        ours = {name: params[name].to(dtype).contiguous() for name in sorted(names)}
+        files.write(folder / OURS, save(ours, metadata={"spec": json.dumps(asdict(whole))}))
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -172,6 +172,15 @@ class Ledger(Ops):
     def pull(self, p: Tensor, *terms: tuple[Tensor, float]) -> None:
         """In place."""
 
+    def tail(self, p: Tensor, dim: int, first: int) -> Tensor:
+        """A view."""
+        sizes = list(p.shape)
+        sizes[dim] -= first
+        return cast(Tensor, Shape(tuple(sizes), _shape(p).memory))
+
+    def pull_tail(self, p: Tensor, dim: int, first: int, factor: float) -> None:
+        """In place."""
+
     def gram(self, x: Tensor, rows: bool) -> Tensor:
         """A square."""
         size = x.shape[0] if rows else x.shape[1]

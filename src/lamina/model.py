@@ -28,6 +28,8 @@ from lamina.ops import TORCH, Mix, Ops
 from lamina.turn import generator
 
 LINEARS = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
+ADAPTER_STD = 1e-3
+"""Of fresh adapters."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def init(spec: Spec, generator: torch.Generator) -> Params:
 
     LoRA's A is uniform within 1/sqrt(inputs), which is what Kaiming with a = sqrt(5) gives, and B is zero (the code of
     Hu et al. 2022), and sparse additions are zero, so an adapted network starts as the network itself. Adapters are
-    truncated normal(0.001), which is all but the network itself (Houlsby et al. 2019, section 2.1).
+    normal(0.001) cut at two deviations, which is all but the network itself (the code of Houlsby et al. 2019).
     """
     shape = layout(spec)
     params: Params = {}
@@ -228,7 +230,9 @@ def init(spec: Spec, generator: torch.Generator) -> Params:
         elif name.endswith(("bias", "lora_b", "sparse")):
             params[name] = torch.zeros(size)
         elif row.part == "adapter":
-            params[name] = trunc_normal_(torch.empty(size), 0, 1e-3, -2e-3, 2e-3, generator=generator)
+            params[name] = trunc_normal_(
+                torch.empty(size), 0, ADAPTER_STD, -2 * ADAPTER_STD, 2 * ADAPTER_STD, generator=generator
+            )
         else:
             residual = name.endswith(("attn.o.weight", "ffn.down.weight"))
             std = 0.02 / math.sqrt(2 * spec.blocks) if residual else 0.02

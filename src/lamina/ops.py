@@ -135,6 +135,15 @@ class Ops:
         for term, factor in terms:
             p.grad.add_(term.detach(), alpha=factor)
 
+    def tail(self, p: Tensor, dim: int, first: int) -> Tensor:
+        """The indices of a dimension from `first` on, in the memory of p, without a graph."""
+        return p.detach().narrow(dim, first, p.shape[dim] - first)
+
+    def pull_tail(self, p: Tensor, dim: int, first: int, factor: float) -> None:
+        """Add factor * p to the gradient of p, from `first` on along a dimension."""
+        assert p.grad is not None
+        self.tail(p.grad, dim, first).add_(self.tail(p, dim, first), alpha=factor)
+
     def gram(self, x: Tensor, rows: bool) -> Tensor:
         """X X^T, or X^T X, of a matrix."""
         x = x.detach()

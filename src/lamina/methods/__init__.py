@@ -4,32 +4,43 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
+from lamina.methods.adapters import Adapters
 from lamina.methods.base import Method
 from lamina.methods.blocks import Alf, Caff, CocoFl, FedRa
 from lamina.methods.depth import DepthFL, ProgFed, Slt
+from lamina.methods.exact import FedExLora, FlexLora, Flora
 from lamina.methods.full import FedAvg
-from lamina.methods.lora import FedLora
+from lamina.methods.lora import FedLora, FfaLora, HetLora, LoraLastT
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask
+from lamina.methods.slora import SLora
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "caff": Caff,
+    "cocofl": CocoFl,
+    "perfedmask": PerFedMask,
+    "alf": Alf,
+    "fedra": FedRa,
     "federated-dropout": FederatedDropout,
     "heterofl": HeteroFL,
     "fedrolex": FedRolex,
     "fjord": Fjord,
-    "cocofl": CocoFl,
-    "alf": Alf,
-    "perfedmask": PerFedMask,
-    "fedra": FedRa,
-    "lora": FedLora,
-    "fedhm": FedHM,
     "flanc": Flanc,
     "depthfl": DepthFL,
     "progfed": ProgFed,
     "slt": Slt,
+    "lora": FedLora,
+    "lora-last-t": LoraLastT,
+    "hetlora": HetLora,
+    "slora": SLora,
+    "adapters": Adapters,
+    "ffa-lora": FfaLora,
+    "flora": Flora,
+    "flexlora": FlexLora,
+    "fedex-lora": FedExLora,
+    "fedhm": FedHM,
 }
 
 PLAIN = "plain"

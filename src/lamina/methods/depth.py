@@ -139,7 +139,7 @@ class DepthFL(_FromBelow):
         """Add the exits; the network's own norm and head are the last."""
         return replace(spec, exits=tuple(range(self.every - 1, spec.blocks - 1, self.every)))
 
-    def prepare(self, spec: Spec, params: Params, fleet: Fleet) -> Params:
+    def prepare(self, spec: Spec, params: Params, fleet: Fleet, turn: Turn) -> Params:
         """With FedDyn, h = 0 for every tensor, and N."""
         if not self.alpha:
             return {}
@@ -261,7 +261,7 @@ class ProgFed(_FromBelow):
         """Add an exit after each stage but the last."""
         return replace(spec, exits=tuple(depth - 1 for depth in self._depths(spec.blocks)[:-1]))
 
-    def prepare(self, spec: Spec, params: Params, fleet: Fleet) -> Params:
+    def prepare(self, spec: Spec, params: Params, fleet: Fleet, turn: Turn) -> Params:
         """The number of stages that every class reaches."""
         able, layout = _able(fleet), model.layout(spec)
         plans = (self._plan(layout, 0, depth) for depth in self._depths(spec.blocks))
@@ -355,7 +355,7 @@ class Slt(_FromBelow):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
 
-    def prepare(self, spec: Spec, params: Params, fleet: Fleet) -> Params:
+    def prepare(self, spec: Spec, params: Params, fleet: Fleet, turn: Turn) -> Params:
         """The configurations: for each, the number of whole blocks and the width of the others."""
         able = _able(fleet)
 

@@ -280,7 +280,7 @@ class Flanc(Method):
             made[f"{stem}.coef"] = (weight.reshape(-1, group) @ basis.T).reshape(layout.shape(f"{stem}.coef")).float()
         return made
 
-    def prepare(self, spec: Spec, params: Params, fleet: Fleet) -> Params:
+    def prepare(self, spec: Spec, params: Params, fleet: Fleet, turn: Turn) -> Params:
         """What each narrower width has for itself, at first cut out of the full width's."""
         return {
             f"{width:g}/{name}": params[name][_leading(model.layout(network).shape(name))].clone()

@@ -229,7 +229,7 @@ class Scaled(Width):
 class Nested(Width):
     """Widths of which each is the beginning of the wider ones: what nobody can train is not evaluated either."""
 
-    def prepare(self, spec: Spec, params: Params, fleet: Fleet) -> Params:
+    def prepare(self, spec: Spec, params: Params, fleet: Fleet, turn: Turn) -> Params:
         """Place of the widest plan that some device has."""
         keeps = [plan.keep for plan in self.plans(spec, Turn(0, 0, 1), {})]
         taken = (plan for group in set(fleet.class_of) if (plan := fleet.plans[group]))

@@ -244,7 +244,7 @@ def test_every_device_trains_the_function_that_the_server_evaluates(name: str) -
     ids = torch.arange(12).reshape(2, 6)
     for plan in server.plans:
         of_device = model.forward(server.spec, narrow(params, server.layout, plan), ids)
-        handed_out = method.deploy(server.spec, params, server.turn, server.memory)
+        handed_out = server.method.deploy(server.spec, params, server.turn, server.memory)
         assert torch.allclose(of_device, model.forward(*handed_out, ids), atol=1e-6)
 
 

@@ -265,6 +265,7 @@ def test_a_coded_upload_is_as_announced_to_the_byte(method: FederatedDropout, wi
         (35, CODINGS["all"], [5, 8]),  # padded to 64, of which ceil(0.3 * 64) = 20 go, four to a byte
         (35, FederatedDropout(subsample=0.3, bits=2), [3, 8]),  # ceil(10.5) = 11
         (3000, FederatedDropout(rotate=True, subsample=0.5, bits=4), [768, 8]),  # padded to 3 * 1024
+        (35, FederatedDropout(subsample=0.3), [11 * 4]),
         (35, CODINGS["1 bit"], [5, 8]),
         (35, CODINGS["8 bits"], [35, 8]),
         (35, CODINGS["a share"], [14 * 4]),

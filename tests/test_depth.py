@@ -379,6 +379,7 @@ def test_the_network_grows_as_in_the_paper() -> None:
         (ProgFed(stages=3, warmup=0.0), 6, 7, 3, "2 4 7 7 7 7"),
         (ProgFed(stages=9, warmup=0.0), 4, 2, 2, "1 2 2 2"),  # no more stages than blocks
         (ProgFed(), 1, 4, 4, "1"),
+        (ProgFed(stages=2, growth=0.14, warmup=0.0), 100, 4, 2, " ".join("2" * 7 + "4" * 93)),  # 0.14 * 100 > 14
     ],
 )
 def test_stages_of_short_runs(method: ProgFed, rounds: int, blocks: int, reached: int, expected: str) -> None:

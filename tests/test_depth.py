@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -168,6 +169,20 @@ def test_a_frozen_prefix_ends_in_an_exit(lever: Levers) -> None:
         grad = leaves[name].grad
         assert grad is not None
         torch.testing.assert_close((params[name] - arrays[name]).double(), grad, rtol=1e-4, atol=3e-7, msg=name)
+
+
+def test_of_a_cached_prefix_no_exit_comes_into_memory() -> None:
+    """Each tensor of the device is read once: those of the prefix there, and the others when it is through."""
+    plan, read = replace(PLANS["exit.1. h.2. h.3. norm."], levers=Levers(prefix_cache="ram")), Counter[str]()
+
+    class Noted(dict[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            read[name] += 1
+            return super().__getitem__(name)
+
+    rows = np.random.default_rng(0).integers(0, EVERY_BLOCK.vocab, (2, 5, 7))
+    client.train(Job(TURN, plan, SGD, Noted(weights(EVERY_BLOCK)), DepthFL(alpha=0.0)), Pairs(*rows), EVERY_BLOCK)
+    assert read == dict.fromkeys(plan.holds, 1)
 
 
 NETWORKS = {  # network, batch, tokens
@@ -379,6 +394,7 @@ def test_the_network_grows_as_in_the_paper() -> None:
         (ProgFed(stages=3, warmup=0.0), 6, 7, 3, "2 4 7 7 7 7"),
         (ProgFed(stages=9, warmup=0.0), 4, 2, 2, "1 2 2 2"),  # no more stages than blocks
         (ProgFed(), 1, 4, 4, "1"),
+        (ProgFed(stages=2, growth=0.14, warmup=0.0), 100, 4, 2, " ".join("2" * 7 + "4" * 93)),  # 0.14 * 100 > 14
     ],
 )
 def test_stages_of_short_runs(method: ProgFed, rounds: int, blocks: int, reached: int, expected: str) -> None:
@@ -510,6 +526,12 @@ def test_what_a_configuration_holds_and_trains() -> None:
         f"h.{i}.{axis}": count for i in range(4) for axis, count in (("heads", 1), ("ffn", 32))
     }
     assert all(kept.start == 0 and kept.units is None for kept in first.keep.values())
+
+
+def test_no_width_is_listed_twice() -> None:
+    """Of 100 widths, 64 units and two heads: each is cheaper than the one before."""
+    prices = [price(Slt(), plan, SGD) for plan in Slt().plans(spec(4), TURN, {})]
+    assert len(prices) == 64 and all(cheaper < richer for richer, cheaper in pairwise(prices))
 
 
 def test_rounds_of_configurations_by_hand() -> None:

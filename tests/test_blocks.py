@@ -78,6 +78,14 @@ def maximal(runs: set[frozenset[str]]) -> set[frozenset[str]]:
     return {trains for trains in runs if not any(trains < other for other in runs)}
 
 
+@pytest.mark.parametrize("vocab", [20, 96, 900])
+def test_runs_come_by_what_they_upload_the_lower_first(vocab: int) -> None:
+    network = replace(SPEC, vocab=vocab)
+    demands = [cost(network, plan, LOCAL, WINDOW, STEPS) for plan in CocoFl().plans(network, TURN, {})]
+    order = [(-each.up_bytes, -each.flops) for each in demands]
+    assert order == sorted(order)
+
+
 def asked(fits: set[frozenset[str]]) -> tuple[list[Plan], list[Plan]]:
     """The plans that CoCoFL offers where these runs and those within them fit, and those it asked for."""
     told: list[Plan] = []

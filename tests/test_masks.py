@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations, product
 from pathlib import Path
@@ -124,6 +125,13 @@ def test_groups_of_devices_move_together() -> None:
     assert min(reached) == pytest.approx(9)
 
 
+def test_devices_also_move_alone_and_exchange_blocks() -> None:
+    """Without either, the mean is at least 10.9."""
+    limits = np.repeat(HETEROGENEOUS, 2, 0)
+    reached = [float(objective(search(limits, generator(i), 30), limits)) for i in range(4)]
+    assert np.mean(reached) < 10.5
+
+
 @pytest.mark.parametrize("seed", [0, 7, 9])
 def test_the_best_random_start_is_improved_too(seed: int) -> None:
     limits = drawn_limits(seed, 6, 6)
@@ -131,32 +139,42 @@ def test_the_best_random_start_is_improved_too(seed: int) -> None:
     assert many < few - 0.4
 
 
+SMALL = Spec(5, embed=32, heads=2, head_dim=16, ffn=128, vocab=50, positions=16)
+
+
 @lru_cache
-def priced(blocks: int, local: Local) -> dict[tuple[int, ...], int]:
+def priced(local: Local) -> dict[tuple[int, ...], int]:
     """Memory for every mask."""
-    network, method = spec(blocks), PerFedMask()
-    every = [mask for count in range(1, blocks + 1) for mask in combinations(range(blocks), count)]
-    return {m: cost(network, method._plan(network, m), local, WINDOW, STEPS).memory_bytes for m in every}
+    every = [mask for count in range(1, 6) for mask in combinations(range(5), count)]
+    method = PerFedMask()
+    return {m: cost(SMALL, method._plan(SMALL, m), local, WINDOW, STEPS).memory_bytes for m in every}
 
 
-@pytest.mark.parametrize("local", [LOCAL, Local(optimizer="sgd", batch_size=2)], ids=["adamw", "sgd"])
-def test_every_mask_that_is_allowed_fits_and_others_do_not(local: Local) -> None:
-    prices = priced(5, local)
+@pytest.mark.parametrize(("batch", "dearer"), [(8, (0, 1, 2)), (1, (0, 3, 4))])
+def test_every_mask_that_is_allowed_fits_and_others_do_not(batch: int, dearer: tuple[int, ...]) -> None:
+    """For all budgets; right above the lowest block or at the top, what is dearer depends on the batch."""
+    prices = priced(Local(batch_size=batch))
+    assert prices[dearer] > min(prices[0, 1, 2], prices[0, 3, 4])
     for budget in sorted(set(prices.values())):
-        asked: list[tuple[int, ...]] = []
-
-        def fits(blocks: Iterable[int], budget: int = budget, asked: list[tuple[int, ...]] = asked) -> bool:
-            asked.append(tuple(sorted(blocks)))
-            return prices[asked[-1]] <= budget
-
-        most = most_blocks(5, fits)
-        assert len(asked) <= 4 * 5
+        most = most_blocks(5, lambda blocks, budget=budget: prices[tuple(sorted(blocks))] <= budget)  # type: ignore[misc]
         for lowest in range(5):
             for mask, price in prices.items():
                 if mask[0] == lowest and len(mask) <= most[lowest]:
                     assert price <= budget
             larger = [price for mask, price in prices.items() if mask[0] == lowest and len(mask) == most[lowest] + 1]
             assert not larger or max(larger) > budget
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 12])
+def test_few_questions_are_asked(count: int) -> None:
+    asked: list[set[int]] = []
+
+    def fits(blocks: Iterable[int]) -> bool:
+        asked.append(set(blocks))
+        return len(asked[-1]) <= count
+
+    assert most_blocks(12, fits) == [min(count, 12 - lowest) for lowest in range(12)]
+    assert len(asked) <= 3 * 12
 
 
 def masked(world: Table, folder: Path, fleet: list[Table], **settings: Any) -> tuple[Run, np.ndarray]:
@@ -292,6 +310,11 @@ def test_each_device_finetunes_what_was_deployed_for_itself(world: Table, tmp_pa
     assert [row[-2] for row in rows] == [f"{summary['personalised'][key]:.1%}" for key in summary["personalised"]]
     report = (run.folder / "report.md").read_text()
     assert "| each*, mean over devices |" in report and "beyond its budget" in report
+
+
+def test_the_settings_of_the_paper_for_networks_of_their_own() -> None:
+    wanted = Local(lr=1e-3, optimizer="sgd", momentum=0.9, weight_decay=5e-4, batch_size=4, epochs=5)
+    assert PerFedMask(personal_epochs=5).personal(replace(LOCAL, clip=1.0, schedule="cosine")) == wanted
 
 
 def test_a_stop_while_devices_personalise_loses_nothing_else(world: Table, tmp_path: Path) -> None:

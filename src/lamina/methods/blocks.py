@@ -106,7 +106,7 @@ class CocoFl(Method):
     )
 
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
-        """All runs, by the number of elements, of equal ones the lowest first; last the head, which is the cheapest."""
+        """All runs, by the number of elements, of equal ones the lowest first."""
         yield from _runs(spec, self.frozen_bits).values()
 
     def fitting(self, spec: Spec, turn: Turn, memory: Params, fits: Callable[[Plan], Plan | None]) -> Iterator[Plan]:
@@ -138,7 +138,7 @@ def _runs(spec: Spec, frozen_bits: Literal[8, 16, 32]) -> Mapping[tuple[int, int
     holds, top = frozenset(chain(*units)), len(units)
     sizes = [sum(map(layout.numel, unit)) for unit in units]
     runs = [(first, end) for first in range(top) for end in range(first + 1, top + 1)]
-    runs.sort(key=lambda run: (run == (top - 1, top), -sum(sizes[slice(*run)]), run))
+    runs.sort(key=lambda run: (-sum(sizes[slice(*run)]), run))
     made = {(0, top): Plan(holds, holds, label=suffix_label(blocks, blocks))}  # nothing is frozen
     for first, end in runs[1:]:
         label = f"{' to '.join(dict.fromkeys((names[first], names[end - 1])))} of {blocks}"

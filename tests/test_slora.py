@@ -106,6 +106,8 @@ def test_sparse_elements_are_many_as_low_rank_ones_and_the_same_for_all() -> Non
         set(model.sparse_indices(network.sparse, name, 48 * 48, 200).tolist()) for name in ("h.0.attn.q", "h.1.attn.q")
     ]
     assert len(at[0]) == len(at[1]) == 200 and at[0] != at[1]
+    seeded = SLora(mask_seed=5).adapt(wide).sparse
+    assert seeded and seeded.seed == 5
     other = model.sparse_indices(replace(network.sparse, seed=1), "h.0.attn.q", 48 * 48, 200)
     assert set(other.tolist()) != at[0]
     tiny = SLora(rank=64).adapt(SPEC).sparse
@@ -199,9 +201,11 @@ def test_the_stages_follow_the_rounds_also_where_nobody_took_part(world: Table, 
     arrays = method.encode(states[1], network, plan, turn, {})
     for linear in linears(arrays):
         assert product(arrays, linear).any()
-    unchanged = Vote(1, plan, {name: arrays[name] for name in plan.trains}, 1.0)
-    after, _ = method.merge(states[1], network, [unchanged], replace(turn, device=-1), {})
-    assert bits({name: after[name] for name in arrays}) == bits(arrays)
+    changed = {name: p + (name in plan.trains) for name, p in arrays.items()}
+    vote = Vote(1, plan, {name: changed[name] for name in plan.trains}, 1.0)
+    after, _ = method.merge(states[1], network, [vote], replace(turn, device=-1), {})
+    assert bits({name: after[name] for name in arrays}) == bits(changed)
+    assert not any(p.any() for name, p in after.items() if name.endswith("sparse"))
 
 
 def test_slora_says_what_its_first_stage_takes() -> None:

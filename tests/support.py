@@ -54,7 +54,7 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "slt deeper": Slt(training_depth=2, widths=3, first="share"),
     "alf budget": Alf(depth="budget", min_rounds=1, patience=1, threshold=1.0),
     "perfedmask with head": PerFedMask(train_head=True, starts=20),
-    "slora budget": SLora(depth="budget", rank=2),
+    "slora qv budget": SLora(depth="budget", rank=2, targets="qv"),
     "flexlora qv budget": FlexLora(depth="budget", targets="qv", rank=3),
     "adapters budget": Adapters(depth="budget", width=4),
 }

@@ -128,6 +128,28 @@ def test_flexlora_gives_the_best_approximation_of_a_rank(rank: int) -> None:
     assert network.lora and network.lora.alpha / network.lora.rank == 6 / 4
 
 
+def test_ranks_that_flexlora_has_nothing_for_begin_as_lora_does() -> None:
+    """After a round in which a single device of rank 1 took part; what the server keeps is not changed meanwhile."""
+    method, params = FlexLora(rank=4), weights(SPEC)
+    memory = method.prepare(SPEC, params, fleet(), SERVER)
+    plans = list(method.plans(SPEC, TURN, memory))
+    vote = answered(method, SPEC, plans[-1], params, 0, 5, memory)
+    after, kept = method.merge(params, SPEC, [vote], SERVER, memory)
+    before = bits(kept)
+    arrays, same, later = (
+        method.encode(after, SPEC, plans[0], on_device(*who), kept) for who in ((1, 1), (2, 1), (1, 2))
+    )
+    assert bits(kept) == before
+    for linear in linears(arrays):
+        a, b = matrix(arrays[f"{linear}.lora_a"]), matrix(arrays[f"{linear}.lora_b"], True)
+        assert b[:, 0].any() and not b[:, 1:].any()
+        assert np.linalg.norm(a[0]) == pytest.approx(1, rel=1e-5)
+        assert 0.5 * a.shape[1] ** -0.5 < abs(a[1:]).max() <= a.shape[1] ** -0.5
+        assert torch.equal(same[f"{linear}.lora_a"], arrays[f"{linear}.lora_a"])
+        assert torch.equal(later[f"{linear}.lora_a"][0], arrays[f"{linear}.lora_a"][0])
+        assert not torch.equal(later[f"{linear}.lora_a"], arrays[f"{linear}.lora_a"])
+
+
 def test_flexlora_averages_products_in_full() -> None:
     method, params, memory = flex()
     plans = {plan.label.split(",")[0]: plan for plan in method.plans(SPEC, TURN, memory)}

@@ -251,6 +251,20 @@ def test_hetlora_where_all_products_are_zero_weighs_as_usual() -> None:
     assert not after[f"{UP}.lora_b"].any()
 
 
+def test_the_order_of_votes_does_not_matter() -> None:
+    """Sums that would tell: 1e17 + 1 - 1e17."""
+    method, network, params, memory = het()
+    plan = of_rank(method, network, 4)
+    zero = {name: torch.zeros_like(params[name]) for name in plan.trains}
+    votes = [
+        Vote(device, plan, {n: p + value * n.endswith("lora_a") for n, p in zero.items()}, 1.0)
+        for device, value in enumerate((1e17, 1.0, -1e17))
+    ]
+    after, _ = method.merge(params, network, votes, SERVER, memory)
+    other, _ = method.merge(params, network, [votes[0], votes[2], votes[1]], SERVER, memory)
+    assert bits(after) == bits(other)
+
+
 @pytest.mark.parametrize(
     ("gamma", "rank", "first"), [(0.99, 4, 3), (0.5, 4, 2), (0.3, 2, 1), (0.99, 1, 1), (1.0, 4, 4)]
 )
@@ -284,7 +298,7 @@ def test_a_tail_that_shrank_is_dropped_and_the_device_gets_no_more_ranks() -> No
     plan = of_rank(method, network, 4)
     arrays = {name: p.clone() for name, p in method.encode(params, network, plan, TURN, memory).items()}
     votes = []
-    for device, factor in ((1, 0.9), (2, 1.1), (3, 1.0)):
+    for device, factor in ((3, 0.9), (2, 1.1), (1, 1.0)):
         job = Job(on_device(device), plan, LOCAL, arrays, method)
         aside = method.remember(job, arrays, TORCH)
         trained = {name: p.clone() for name, p in arrays.items()}
@@ -298,13 +312,25 @@ def test_a_tail_that_shrank_is_dropped_and_the_device_gets_no_more_ranks() -> No
             assert sent[f"{linear}.lora_a"][:2].any() and sent[f"{linear}.lora_b"][..., :2].any()
         votes.append(method.decode(Update(job.turn, sent, 5, STEPS, 0.0), job, network))
     _, kept = method.merge(params, network, votes, SERVER, memory)
-    assert kept["ranks"].tolist() == [4, 2, 4, 4]
+    assert kept["ranks"].tolist() == [4, 4, 4, 2]
     assert memory["ranks"].tolist() == [4, 4, 4, 4]
     offered = [
-        [plan.keep[Axis("rank")].count for plan in method.plans(network, on_device(device), kept)] for device in (0, 1)
+        [plan.keep[Axis("rank")].count for plan in method.plans(network, on_device(device), kept)] for device in (0, 3)
     ]
     assert offered == [[4, 2, 1], [2, 1]]
     assert [plan.keep[Axis("rank")].count for plan in method.plans(network, SERVER, kept)] == [4, 2, 1]
+
+
+def test_tails_that_do_not_train_stay() -> None:
+    method, network, params, memory = het(gamma=0.5, depth="budget")
+    plan = next(p for p in method.plans(network, TURN, memory) if "last 1 of 2" in p.label)
+    arrays = {name: p.clone() for name, p in method.encode(params, network, plan, TURN, memory).items()}
+    aside = method.remember(Job(TURN, plan, LOCAL, arrays, method), arrays, TORCH)
+    arrays[f"{UP}.lora_a"][2:] *= 0.5
+    sent, _ = method.finish(Job(TURN, plan, LOCAL, arrays, method), arrays, aside, TORCH)
+    assert not sent[f"{UP}.lora_b"][..., 2:].any()
+    frozen = {name for name in arrays if name.startswith("h.0.")}
+    assert bits({name: arrays[name] for name in frozen}) == bits({name: params[name] for name in frozen})
 
 
 @pytest.mark.parametrize("levers", [Levers(fused_update=True), Levers(micro_batch=1), Levers(recompute=True)], ids=str)

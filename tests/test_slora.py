@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adding import SERVER, SPEC, answered, fleet, matrix, product
+from adding import SERVER, SPEC, answered, matrix, product
 from support import (
     LOCAL,
     STEPS,
@@ -18,6 +18,7 @@ from support import (
     Devices,
     Table,
     begin,
+    bits,
     moved,
     play,
     weights,
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamina import client, model
 from lamina.cost import cost
 from lamina.data.task import Pairs
-from lamina.job import Job, Local
+from lamina.job import Job, Local, Turn
 from lamina.layout import Params
 from lamina.methods import Method, to_table
 from lamina.methods.lora import linears
@@ -37,7 +38,7 @@ from lamina.methods.slora import SLora
 from lamina.model import Spec
 from lamina.ops import TORCH
 from lamina.packed import pack
-from lamina.plan import Plan, narrow
+from lamina.plan import Plan, Vote, narrow
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,8 @@ def test_sparse_elements_are_many_as_low_rank_ones_and_the_same_for_all() -> Non
         set(model.sparse_indices(network.sparse, name, 48 * 48, 200).tolist()) for name in ("h.0.attn.q", "h.1.attn.q")
     ]
     assert len(at[0]) == len(at[1]) == 200 and at[0] != at[1]
+    seeded = SLora(mask_seed=5).adapt(wide).sparse
+    assert seeded and seeded.seed == 5
     other = model.sparse_indices(replace(network.sparse, seed=1), "h.0.attn.q", 48 * 48, 200)
     assert set(other.tolist()) != at[0]
     tiny = SLora(rank=64).adapt(SPEC).sparse
@@ -128,23 +131,22 @@ def test_operations_of_sparse_training_are_those_torch_counts() -> None:
         assert cost(network, plan, local, WINDOW, 1).flops == counted.get_total_flops()
 
 
-def slora(**settings: Any) -> tuple[SLora, Spec, Params, Params]:
+def slora(**settings: Any) -> tuple[SLora, Spec, Params]:
     method = SLora(rank=3, alpha=12.0, **settings)
     network = method.adapt(SPEC)
-    params = model.init(network, torch.Generator().manual_seed(1))
-    return method, network, params, method.prepare(network, params, fleet(), TURN)
+    return method, network, model.init(network, torch.Generator().manual_seed(1))
 
 
 def test_slora_turns_what_it_learnt_into_low_rank_matrices() -> None:
     """s B A is the best approximation of rank 3 of the sparse additions, B'B = A A', and W is W_0 again."""
-    method, network, params, memory = slora(density=0.5, first_stage=0.2)
-    (plan,) = method.plans(network, TURN, memory)
+    method, network, params = slora(density=0.5, first_stage=0.15)
+    (plan,) = method.plans(network, replace(SERVER, round=1), {})
     assert plan.trains == {n for n in params if n.endswith(".sparse")} | {"head.weight"}
     assert not any("lora" in name for name in plan.holds)
-    votes = [answered(method, network, plan, params, device, examples, memory) for device, examples in ((0, 1), (1, 3))]
-    early, still = method.merge(params, network, votes, replace(SERVER, round=0), memory)
-    assert moved(params, early) == plan.trains and still is memory
-    after, kept = method.merge(params, network, votes, replace(SERVER, round=1), memory)
+    votes = [answered(method, network, plan, params, device, examples, {}) for device, examples in ((0, 1), (1, 3))]
+    early, _ = method.merge(params, network, votes, replace(SERVER, round=0), {})
+    assert moved(params, early) == plan.trains
+    after, _ = method.merge(params, network, votes, replace(SERVER, round=1), {})
     assert torch.equal(after["head.weight"], early["head.weight"])
     for linear in linears(params):
         assert network.sparse
@@ -158,42 +160,52 @@ def test_slora_turns_what_it_learnt_into_low_rank_matrices() -> None:
         np.testing.assert_allclose(b.T @ b, a @ a.T, rtol=1e-4, atol=1e-5)
         assert not after[f"{linear}.sparse"].any()
         assert after[f"{linear}.weight"] is params[f"{linear}.weight"]
-    (second,) = method.plans(network, replace(TURN, round=2, rounds=10), kept)
+    (second,) = method.plans(network, replace(SERVER, round=2), {})
     assert second.trains == {n for n in params if "lora" in n} | {"head.weight"}
     assert not any("sparse" in name for name in second.holds)
     later, _ = method.merge(
-        after, network, [answered(method, network, second, after, 0, 1, kept)], replace(SERVER, round=2), kept
+        after, network, [answered(method, network, second, after, 0, 1, {})], replace(SERVER, round=2), {}
     )
     assert moved(after, later) == second.trains
 
 
-def test_blocks_that_learnt_nothing_begin_as_lora_does() -> None:
-    method, network, params, memory = slora(depth="budget")
-    last = list(method.plans(network, TURN, memory))[-1]
-    votes = [answered(method, network, last, params, 0, 1, memory)]
-    after, _ = method.merge(params, network, votes, replace(SERVER, round=5), memory)
+def test_ranks_that_there_is_nothing_for_begin_as_lora_does() -> None:
+    """Blocks in which nothing trained, and, of a linear with a single element, all ranks but one."""
+    method, network, params = slora(depth="budget", density=1 / 1024)
+    last = list(method.plans(network, SERVER, {}))[-1]
+    votes = [answered(method, network, last, params, 0, 1, {})]
+    after, _ = method.merge(params, network, votes, replace(SERVER, round=5), {})
     for linear in linears(params):
+        assert params[f"{linear}.sparse"].numel() == 1
         if linear.startswith("h.0."):
-            assert torch.equal(after[f"{linear}.lora_a"], params[f"{linear}.lora_a"])
-            assert not after[f"{linear}.lora_b"].any()
+            assert after[f"{linear}.lora_a"] is params[f"{linear}.lora_a"]
+            assert after[f"{linear}.lora_b"] is params[f"{linear}.lora_b"]
         else:
-            assert product(after, linear).any()
+            assert np.linalg.matrix_rank(product(after, linear)) == 1
+            assert torch.equal(after[f"{linear}.lora_a"][1:], params[f"{linear}.lora_a"][1:])
+            assert not after[f"{linear}.lora_b"][..., 1:].any()
 
 
-def test_the_first_stage_lasts_until_somebody_took_part(world: Table, tmp_path: Path) -> None:
+def test_the_stages_follow_the_rounds_also_where_nobody_took_part(world: Table, tmp_path: Path) -> None:
+    """Two of four rounds are sparse. Without answers in the second, devices get A and B for what the first learnt."""
     run = begin(on(world, SLora(rank=2, first_stage=0.3), rounds=4), tmp_path)
-    labels, nobody = [], Devices(run, lambda update: [])
+    states, labels = [], []
     for round_ in range(4):
-        run.state, rows = play(run, nobody if round_ in (1, 2) else None)  # 2 of 4 rounds, the second of them empty
-        labels.append({row.plan for row in rows})
-    assert labels == [{"sparse, all 3"}] * 4
-    assert int(run.state.memory["stage"]) == 2
-    run = begin(on(world, SLora(rank=2, first_stage=0.3), rounds=4), tmp_path)
-    labels = []
-    for _ in range(4):
-        run.state, rows = play(run)
+        run.state, rows = play(run, Devices(run, lambda update: []) if round_ == 1 else None)
+        states.append(run.state.params)
         labels.append({row.plan for row in rows})
     assert labels == [{"sparse, all 3"}] * 2 + [{"low rank, all 3"}] * 2
+    assert states[1]["h.1.ffn.up.sparse"].any() and not states[2]["h.1.ffn.up.sparse"].any()
+    method, network, turn = run.experiment.method, run.outlook.chosen.spec, Turn(0, 2, 4, 1)
+    (plan,) = method.plans(network, turn, {})
+    arrays = method.encode(states[1], network, plan, turn, {})
+    for linear in linears(arrays):
+        assert product(arrays, linear).any()
+    changed = {name: p + (name in plan.trains) for name, p in arrays.items()}
+    vote = Vote(1, plan, {name: changed[name] for name in plan.trains}, 1.0)
+    after, _ = method.merge(states[1], network, [vote], replace(turn, device=-1), {})
+    assert bits({name: after[name] for name in arrays}) == bits(changed)
+    assert not any(p.any() for name, p in after.items() if name.endswith("sparse"))
 
 
 def test_slora_says_what_its_first_stage_takes() -> None:

@@ -19,7 +19,8 @@ from lamina.plan import Plan
 class Adapters(Added):
     """x + W_up gelu(W_down x + b_down) + b_up after attention and after the feed-forward part, before they are added.
 
-    Trained are the adapters and norms of the last t blocks, the final norm, and the head.
+    Trained are the adapters and norms of the last t blocks, the final norm, and the head. At the end of a run the
+    adapters are in model/lamina.safetensors, since the Hugging Face layout has no place for them.
 
     **Source:** Houlsby et al., ICML 2019, section 2; averaged as weights are (McMahan et al. 2017).
     **Departs:** in pre-LN blocks, as GPT-2 has them; the paper's are post-LN. The final norm trains in any case. The

@@ -17,7 +17,7 @@ from lamina.layout import Axis, Layout, Params, Part
 from lamina.methods.base import Method, suffix_label
 from lamina.model import LINEARS, Lora, Spec
 from lamina.ops import Ops
-from lamina.plan import Keep, Plan, Vote, merge
+from lamina.plan import Keep, Plan, Vote
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet
@@ -263,10 +263,7 @@ class HetLora(Ranked):
         """The mean with zeros for missing ranks, weighted by size; ranks of devices that dropped some."""
         layout = model.layout(spec)
         ordered = sorted(votes, key=lambda vote: vote.device)
-        others = self.head(layout)
-        after = merge(
-            params, layout, (replace(vote, plan=replace(vote.plan, trains=others)) for vote in ordered), self.absent
-        )
+        after, _ = super().merge(params, spec, ordered, turn, memory)
         for linear in linears(layout.params):
             voters = [vote for vote in ordered if f"{linear}.lora_a" in vote.arrays]
             sizes = [product_norm(vote.arrays, linear) for vote in voters]

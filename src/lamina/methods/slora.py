@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from functools import reduce
+from typing import ClassVar
 
 import torch
 
 from lamina import model
 from lamina.job import Turn
-from lamina.layout import Params
+from lamina.layout import Params, Part
 from lamina.methods.base import share, suffix_label
 from lamina.methods.exact import svd
 from lamina.methods.lora import FedLora, linears
 from lamina.model import Sparse, Spec
 from lamina.plan import Plan, Vote
-
-if TYPE_CHECKING:
-    from lamina.planner import Fleet
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,9 @@ class SLora(FedLora):
 
     **Source:** Babakniya, Elkordy, Ezzeldin, Liu, Song, El-Khamy and Avestimehr, 2023 (SLoRA), sections 4 and 5.
     **Departs:** the elements are uniform within each linear layer, of the same linears and blocks as A and B; biases,
-    norms and embeddings stay frozen. How long stage 1 is, the sources at hand do not say. It goes on until a round in
-    which somebody took part, should nobody have in its last.
+    norms and embeddings stay frozen. How long stage 1 is, the sources at hand do not say. Plans are shown, and the
+    network is chosen, for stage 1; where stage 2 takes more (all six linears, many tokens), devices without room for it
+    sit out from there on.
 
     Attributes:
         density: Share of the elements of a weight that train in stage 1; 0: as many as A and B have.
@@ -48,7 +48,7 @@ class SLora(FedLora):
     source: ClassVar[str] = "Babakniya et al. 2023"
     cuts: ClassVar[str] = "training of most elements of the weights, then of the weights themselves"
     note: ClassVar[str] = (
-        "Stage 1 keeps the activations of full training, and a whole weight and its gradient at a time: no help."
+        "Stage 1 keeps the activations of full training, and makes a whole weight or gradient at a time: no help."
     )
     lossy: ClassVar[bool] = True
 
@@ -74,32 +74,35 @@ class SLora(FedLora):
         density = self.density or min(1.0, sum(map(layout.numel, names)) / whole)
         return replace(adapted, sparse=Sparse(density, self.mask_seed, adapted.lora.targets))
 
-    def prepare(self, spec: Spec, params: Params, fleet: Fleet, turn: Turn) -> Params:
-        """The stage."""
-        return {"stage": torch.tensor(1)}
-
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """What is added to the last t blocks in this stage, and the head."""
         layout = model.layout(spec)
+        part: Part = "sparse" if turn.round < self._first_rounds(turn) else "lora"
         for trained in self.depths(layout):
-            blocks = suffix_label(trained, layout.blocks)
-            if _stage(memory) == 1:
-                names = self.added(layout, trained, "sparse")
-                yield Plan(self.held(layout, "sparse"), names | self.head(layout), label=f"sparse, {blocks}")
-            else:
-                names = self.added(layout, trained, "lora")
-                yield Plan(self.held(layout, "lora"), names | self.head(layout), label=f"low rank, {blocks}")
+            names = self.added(layout, trained, part) | self.head(layout)
+            label = f"{'sparse' if part == 'sparse' else 'low rank'}, {suffix_label(trained, layout.blocks)}"
+            yield Plan(self.held(layout, part), names, label=label)
+
+    def encode(self, params: Params, spec: Spec, plan: Plan, turn: Turn, memory: Params) -> Params:
+        """The server's tensors; A and B as they should be, if nobody took part in the last round of stage 1."""
+        return super().encode(self._stage(params, spec, turn.round, turn), spec, plan, turn, memory)
 
     def merge(
         self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
-        """The mean; after the last round of stage 1 also its approximation."""
-        after, memory = super().merge(params, spec, votes, turn, memory)
-        if _stage(memory) == 2 or turn.round + 1 < share(turn.rounds, self.first_stage):
-            return after, memory
-        for linear in linears(model.layout(spec).params):
-            after |= self._approximated(spec, after, linear)
-        return after, {"stage": torch.tensor(2)}
+        """The mean; after the last round of stage 1 its approximation."""
+        after, memory = super().merge(self._stage(params, spec, turn.round, turn), spec, votes, turn, memory)
+        return self._stage(after, spec, turn.round + 1, turn), memory
+
+    def _first_rounds(self, turn: Turn) -> int:
+        return share(turn.rounds, self.first_stage)
+
+    def _stage(self, params: Params, spec: Spec, round_: int, turn: Turn) -> Params:
+        """The tensors with which a round begins: in stage 2, those of stage 1 with A and B for what is sparse."""
+        if round_ < self._first_rounds(turn):
+            return params
+        learnt = [each for each in linears(params) if params[f"{each}.sparse"].any()]
+        return reduce(operator.or_, (self._approximated(spec, params, linear) for linear in learnt), params)
 
     def _approximated(self, spec: Spec, params: Params, linear: str) -> Params:
         """A and B in place of sparse elements; ranks for which there is nothing to learn from begin as LoRA's do."""
@@ -117,7 +120,3 @@ class SLora(FedLora):
             f"{linear}.lora_b": (u * root).float().reshape(b.shape),
             f"{linear}.sparse": torch.zeros_like(values),
         }
-
-
-def _stage(memory: Params) -> int:
-    return int(memory["stage"]) if memory else 1

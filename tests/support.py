@@ -22,6 +22,7 @@ from lamina.methods.adapters import Adapters
 from lamina.methods.blocks import Alf, Caff
 from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.exact import FlexLora
+from lamina.methods.forward import Mezo, Spry
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask
@@ -57,6 +58,9 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "slora qv budget": SLora(depth="budget", rank=2, targets="qv"),
     "flexlora qv budget": FlexLora(depth="budget", targets="qv", rank=3),
     "adapters budget": Adapters(depth="budget", width=4),
+    "spry with head": Spry(rank=2, targets="all", blocks=2, train_head=True, directions=2),
+    "mezo all": Mezo(trains="all", directions=2),
+    "mezo head": Mezo(trains="head"),
 }
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import client, ledger, levers, measure, model, ops, packed
 from lamina.cost import cost
+from lamina.estimators import unfold
 from lamina.flash import Flash
 from lamina.job import Job, Local
 from lamina.layout import Axis, Params
@@ -91,20 +92,24 @@ def run(
 ) -> tuple[list[float], Params]:
     """Loss of each step of a round, and what was trained, from tensors of the plan's network."""
     losses: list[float] = []
-    step = client._Trainer.step
+    make = client._trainer
 
-    def noted(self: client._Trainer, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
-        losses.append(step(self, number, inputs, targets_BS))
-        return losses[-1]
+    @dataclass
+    class Noting:
+        steps: Any
+
+        def step(self, *batch: Any) -> float:
+            losses.append(self.steps.step(*batch))
+            return losses[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client._Trainer, "step", noted)
+        patch.setattr(client, "_trainer", lambda *arguments: Noting(make(*arguments)))
         patch.setattr(client, "_SLICE_TOKENS", slice_tokens)
-        job = Job(TURN, plan, local, narrow(params, model.layout(plan.runs(network)), plan), method).owned()
-        update = client.train(job, shard, network)
+        job = Job(TURN, plan, local, narrow(params, model.layout(plan.runs(network)), plan), method)
+        update = client.train(job.owned(), shard, network)
     assert update.steps == len(losses)
     assert update.loss == pytest.approx(np.mean(losses), rel=1e-9)
-    return losses, update.arrays
+    return losses, unfold(update, job).arrays
 
 
 @cache

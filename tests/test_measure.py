@@ -41,7 +41,10 @@ def plan_of(method: Method, spec: Spec, trained: int, levers: Levers) -> tuple[S
 CELLS: dict[str, tuple[Method, Spec, int, Levers, Local]] = {
     "backward": (Caff(), SPEC, 1, Levers(), LOCAL),
     "loss": (Caff(), WIDE, 1, Levers(chunked_loss=True, micro_batch=1), replace(LOCAL, optimizer="sgd")),
-    "prefix": (Caff(), SPEC, 1, Levers(prefix_cache="disk", micro_batch=1), replace(LOCAL, optimizer="sgd")),
+    "prefix": (
+        *(FedLora(rank=2, depth=1), SPEC, 1, Levers(prefix_cache="disk", micro_batch=1)),
+        replace(LOCAL, optimizer="sgd"),
+    ),
     "low rank": (FedLora(rank=2), WIDE, 3, Levers(frozen_bits=8, recompute=True), LOCAL),
 }
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from lamina import client, device, measure, model
 from lamina.cost import Cost, cost
 from lamina.errors import UserError
+from lamina.estimators import PROJECTED, unfold
 from lamina.fleet import RESOURCES
 from lamina.job import Job, Turn, Update
 from lamina.layout import Layout, Params
@@ -184,9 +185,10 @@ def test_cutting_out_and_putting_back_changes_nothing(method: Method, absent: Li
         assert set(job.arrays) == plan.holds
         aside = method.remember(job, dict(job.arrays), TORCH)
         aside |= {"labels": torch.ones(server.spec.vocab, dtype=torch.bool)} if method.objective(job).own_labels else {}
+        aside |= {PROJECTED: torch.zeros(STEPS, method.directions)} if plan.gradient == "zeroth" else {}
         arrays, state = method.finish(job, dict(job.arrays), aside, TORCH)
         update = Update(job.turn, arrays, examples=2, steps=STEPS, loss=0.0, state=state)
-        votes.append(server.method.decode(update, job, server.spec))
+        votes.append(server.method.decode(unfold(update, job), job, server.spec))
     after = server.merged(votes)
     assert after.keys() == server.params.keys()
     if not method.lossy:
@@ -213,7 +215,7 @@ def test_a_device_gives_back_what_its_plan_trains_and_nothing_else_moves(
         sent = {name: (tuple(array.shape), array.dtype) for name, array in update.arrays.items()}
         assert sent == method.sends(server.spec, plan, STEPS)
         assert set(update.state) == method.kept(server.spec, plan)
-        vote = method.decode(update, job, server.spec)
+        vote = method.decode(unfold(update, job), job, server.spec)
         after = server.merged([vote])
         for name in moved(server.params, after):
             if server.layout.params[name].part in others:

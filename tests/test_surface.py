@@ -30,7 +30,7 @@ from lamina.model import init
 from lamina.pretrain import Pretrain
 
 ROOT = Path(__file__).parents[1]
-COMMON = "absent on_infeasible weighting"
+COMMON = "absent on_infeasible weighting fallback directions zeroth_lr"
 KEYS = {
     "": (
         config.Experiment,
@@ -50,6 +50,8 @@ KEYS = {
     "method depthfl": (METHODS["depthfl"], f"{COMMON} every alpha ramp"),
     "method progfed": (METHODS["progfed"], f"{COMMON} stages growth warmup"),
     "method slt": (METHODS["slt"], f"{COMMON} training_depth widths first"),
+    "method spry": (METHODS["spry"], f"{COMMON} rank alpha targets blocks train_head"),
+    "method mezo": (METHODS["mezo"], f"{COMMON} rank alpha targets trains"),
     "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
     "fleet": (DeviceClass, "name share memory uplink downlink flops"),
     "pretrain": (

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lamina import model
 from lamina.data.task import Shard
+from lamina.duals import Duals
+from lamina.estimators import Aimed, Forward, Zeroth
 from lamina.job import Job, Update
 from lamina.layout import Axis, Layout, Params
 from lamina.methods.base import Objective
@@ -57,7 +59,7 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
     aside = job.method.remember(job, params, ops)
     if objective.own_labels:
         aside["labels"] = ops.labels(shard, spec.vocab)
-    trainer = _Trainer(spec, job, params, aside, objective, bool(below), ops)
+    trainer = _trainer(spec, job, params, aside, objective, bool(below), ops)
     total = 0.0
     for step, rows in enumerate(batches):
         total += trainer.step(step, *source.batch(rows))
@@ -65,9 +67,29 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
     return Update(job.turn, arrays, len(shard), len(batches), total / len(batches), state)
 
 
+class _Steps(Protocol):
+    def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
+        """One update on a batch; returns the batch's mean loss."""
+
+
+def _trainer(
+    spec: Spec, job: Job, params: Params, aside: Params, objective: Objective, cached: bool, ops: Ops
+) -> _Steps:
+    """What takes the steps, by how the plan finds its gradient."""
+    match job.plan.gradient:
+        case "backward":
+            return _Trainer(spec, job, params, aside, objective, cached, ops)
+        case "forward":
+            aimed, groups = Aimed(job, params, ops), _groups(spec, job, params, aside, ops)
+            passes = _Passes(spec, job, aimed, aside, objective, cached, Duals(ops))
+            return Forward(job, aimed, passes, list(groups.values()), ops)
+        case "zeroth":
+            return Zeroth(job, params, aside, _Passes(spec, job, params, aside, objective, cached, ops), ops)
+
+
 def _hold(job: Job, name: str, ops: Ops) -> Tensor:
     if name in job.plan.trains:
-        return job.arrays[name].detach().requires_grad_()
+        return job.arrays[name].detach().requires_grad_(job.plan.gradient != "zeroth")
     bits = 32 if name.endswith("bias") else job.plan.levers.frozen_bits
     return ops.hold(job.arrays, name, bits)
 
@@ -143,23 +165,23 @@ class _Group:
 
     def __init__(self, params: Mapping[str, Tensor], job: Job, aside: Params, ops: Ops) -> None:
         local = job.local
-        self._params, self._job, self._aside, self._ops = params, job, aside, ops
+        self.params, self._job, self._aside, self._ops = params, job, aside, ops
         kind = job.plan.levers.optimizer if local.kind == "adamw" else ""
         self._optimizer = ops.optimizer(list(params.values()), local, kind or local.kind, local.round_lr(job.turn))
 
     def complete(self) -> None:
         """Add to the gradient of the loss that of the method's penalties."""
         self._ops.moment("update")
-        self._job.method.pull(self._job, self._params, self._aside, self._ops)
+        self._job.method.pull(self._job, self.params, self._aside, self._ops)
 
     def norm(self) -> Tensor:
         """Of the gradient."""
-        return self._ops.norm_of([p.grad for p in self._params.values() if p.grad is not None])
+        return self._ops.norm_of([p.grad for p in self.params.values() if p.grad is not None])
 
     def update(self, norm: Tensor | None = None) -> None:
         """Move along the gradient, clipped as if the whole one had this norm, by default its own, and drop it."""
         if self._job.local.clip:
-            params = list(self._params.values())
+            params = list(self.params.values())
             self._ops.clip(params, self._job.local.clip, self.norm() if norm is None else norm)
         self._optimizer.step()
         self.forget()
@@ -172,7 +194,7 @@ class _Group:
 class _Cut(Mapping[str, Tensor]):
     """The leading units of some axes of a network's tensors, as views."""
 
-    def __init__(self, params: Params, layout: Layout, units: Mapping[Axis, int], ops: Ops) -> None:
+    def __init__(self, params: Mapping[str, Tensor], layout: Layout, units: Mapping[Axis, int], ops: Ops) -> None:
         self._params, self._layout, self._units, self._ops = params, layout, units, ops
 
     def __getitem__(self, name: str) -> Tensor:
@@ -192,6 +214,18 @@ class _Cut(Mapping[str, Tensor]):
         return len(self._params)
 
 
+def _groups(spec: Spec, job: Job, params: Params, aside: Params, ops: Ops) -> dict[int, _Group]:
+    """What is updated together: all of it, or, with fused updates, what a stage trains."""
+    layout, plan = model.layout(spec), job.plan
+    names: dict[int, list[str]] = {}
+    for name in (name for name in layout.params if name in plan.trains):
+        row = layout.params[name]
+        outside = row.block is None or row.part == "exit"
+        stage = _INPUT if row.part == "embed" else _TOP if outside else cast(int, row.block)
+        names.setdefault(stage if plan.levers.fused_update else _TOP, []).append(name)
+    return {stage: _Group({name: params[name] for name in found}, job, aside, ops) for stage, found in names.items()}
+
+
 class _Stage(NamedTuple):
     """A part of a step that backward goes through in one go: from `out`, or by running `block` again from `leaf`."""
 
@@ -200,18 +234,43 @@ class _Stage(NamedTuple):
     out: Tensor | None
 
 
-class _Trainer:
-    """Forward, backward and update of one device's network.
+class _Pass(NamedTuple):
+    """One of the forward passes that make up a step.
 
-    Without levers a step is one graph. Recomputing and fused updates cut it at the blocks: each block then starts at a
-    leaf of its own, and backward goes from stage to stage.
+    Attributes:
+        params: Of the network that passes.
+        stages: Lowest first; whoever goes through them empties them.
+        loss: Mean loss, without a graph.
+        share: Of the pass in the gradient.
+        counted: Whether its loss is what is reported.
+        last: Whether no other follows.
     """
 
+    params: Mapping[str, Tensor]
+    stages: list[_Stage]
+    loss: Tensor
+    share: float
+    counted: bool
+    last: bool
+
+
+class _Passes:
+    """Forward passes of one device's network."""
+
     def __init__(
-        self, spec: Spec, job: Job, params: Params, aside: Params, objective: Objective, cached: bool, ops: Ops
+        self,
+        spec: Spec,
+        job: Job,
+        params: Mapping[str, Tensor],
+        aside: Params,
+        objective: Objective,
+        cached: bool,
+        ops: Ops,
     ) -> None:
         layout, plan = model.layout(spec), job.plan
-        self._spec, self._params, self._ops, self._levers, self._clip = spec, params, ops, plan.levers, job.local.clip
+        self._spec, self._params, self._ops, self._levers = spec, params, ops, plan.levers
+        if plan.gradient != "backward":  # nothing is kept for backward, and nothing is to be run again
+            self._levers = replace(plan.levers, fused_update=False, recompute=False)
         self._cached, self._objective, self._labels = cached, objective, aside.get("labels")
         first, blocks = plan.first_trained(layout), model.found_blocks(spec, params)
         self._first, self._exits = first, [i for i in model.found_exits(spec, params) if i >= first - 1]
@@ -220,50 +279,27 @@ class _Trainer:
         self._drawable = [_Cut(params, layout, units, ops) for units in objective.widths]
         self._turn = job.turn
         self._trained = {row.block for name, row in layout.params.items() if name in plan.trains and row.part != "exit"}
-        names: dict[int, list[str]] = {}
-        for name in (name for name in layout.params if name in plan.trains):
-            row = layout.params[name]
-            outside = row.block is None or row.part == "exit"
-            stage = _INPUT if row.part == "embed" else _TOP if outside else cast(int, row.block)
-            names.setdefault(stage if self._levers.fused_update else _TOP, []).append(name)
-        self._groups = {
-            stage: _Group({name: params[name] for name in found}, job, aside, ops) for stage, found in names.items()
-        }
 
-    def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
-        """One optimizer step on a batch; returns its mean loss."""
+    def networks(self, number: int) -> Iterator[list[Mapping[str, Tensor]]]:
+        """Networks of the same tensors that pass in a step, the first of which teaches; a price is of all."""
         if not self._drawable:
-            return self._step([self._params], inputs, targets_BS)
-        loss, whole = 0.0, [self._params] * self._objective.distill
+            yield [self._params]
+            return
         index = int(self._turn.rng(f"width/{number}").integers(len(self._drawable)))
         for drawn in self._ops.drawn(self._drawable, index):
-            loss = self._step([*whole, drawn], inputs, targets_BS)
-        return loss
+            yield [*[self._params] * self._objective.distill, drawn]
 
-    def _step(self, networks: Sequence[Mapping[str, Tensor]], inputs: Tensor, targets_BS: Tensor) -> float:
-        """A step along the sum of the gradients of some networks of the same tensors, the first of which teaches."""
-        norm: Tensor | None = None
-        if self._clip and self._levers.fused_update:
-            # The norm of the whole gradient must be known before the first block is updated.
-            norms: list[Tensor] = []
+    def losses(self, number: int, inputs: Tensor, targets_BS: Tensor) -> Iterator[tuple[Tensor, float, bool]]:
+        """Mean loss of each pass of a step, its share, and whether it is the one that is reported."""
+        for networks in self.networks(number):
+            for each in self.passes(networks, inputs, targets_BS):
+                loss = each.stages.pop().out
+                assert loss is not None
+                yield loss, each.share, each.counted
 
-            def note(group: _Group) -> None:
-                norms.append(group.norm())
-                group.forget()
-
-            self._passes(networks, inputs, targets_BS, note)
-            norm = self._ops.norm_of(norms)
-        return self._passes(networks, inputs, targets_BS, lambda group: group.update(norm))
-
-    def _passes(
-        self,
-        networks: Sequence[Mapping[str, Tensor]],
-        inputs: Tensor,
-        targets_BS: Tensor,
-        finish: Callable[[_Group], None],
-    ) -> float:
-        """Gradients of a batch, in as many passes as it takes; `finish` gets each group once it has its own."""
-        total, count = 0.0, len(targets_BS)
+    def passes(self, networks: Sequence[Mapping[str, Tensor]], inputs: Tensor, targets_BS: Tensor) -> Iterator[_Pass]:
+        """Forward, in as many passes as a step takes."""
+        count = len(targets_BS)
         for rows in self._ops.slices(count, self._levers.micro_batch or count):
             share = (rows.stop - rows.start) / count
             teacher: Output | None = None
@@ -271,14 +307,8 @@ class _Trainer:
                 stages, loss, output = self._forward(params, inputs[rows], targets_BS[rows], teacher)
                 teacher = output if place < len(networks) else None
                 del output
-                total += share * loss.item() if place == 1 else 0.0
-                fused = self._levers.fused_update and rows.stop == count and not teacher
-                self._backward(params, stages, share, finish if fused else None)
+                yield _Pass(params, stages, loss, share, place == 1, rows.stop == count and not teacher)
                 del stages, loss
-        if not self._levers.fused_update:
-            self._groups[_TOP].complete()
-            finish(self._groups[_TOP])
-        return total
 
     def _forward(
         self, params: Mapping[str, Tensor], inputs: Tensor, targets_BS: Tensor, teacher: Output | None
@@ -326,6 +356,86 @@ class _Trainer:
             mix = Mix((1.0,) * count, tuple(tuple(others * (i != j) for j in range(count)) for i in range(count)))
         return model.loss(self._spec, outputs, targets_BS, mix, self._labels, self._levers.chunked_loss, self._ops)
 
+    def _bottom(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """What the lowest trained block sees, BSD; with a graph only if the embedding trains."""
+        if self._cached:
+            return inputs
+        self._ops.moment("prefix" if self._frozen else "forward")
+        x_BSD = model.embed(self._spec, params, inputs, self._ops)
+        with torch.no_grad():
+            for block in self._frozen:
+                run = self._run_slices if self._levers.recompute else self._run
+                x_BSD = run(params, x_BSD, block)
+        return x_BSD
+
+    def _run(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int) -> Tensor:
+        return model.run_blocks(self._spec, params, x_BSD, [block], self._ops)
+
+    @torch.no_grad()
+    def _run_slices(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int) -> Tensor:
+        """A block on a few sequences at a time, without a graph."""
+        out_BSD = self._ops.empty_like(x_BSD)
+        for rows in self._few(x_BSD):
+            out_BSD[rows] = self._run(params, x_BSD[rows], block)
+        return out_BSD
+
+    def _few(self, x_BSD: Tensor) -> Iterator[slice]:
+        return self._ops.slices(x_BSD.shape[0], max(1, _SLICE_TOKENS // x_BSD.shape[1]))
+
+
+class _Trainer(_Passes):
+    """Forward, backward and update of one device's network.
+
+    Without levers a step is one graph. Recomputing and fused updates cut it at the blocks: each block then starts at a
+    leaf of its own, and backward goes from stage to stage.
+    """
+
+    def __init__(
+        self, spec: Spec, job: Job, params: Params, aside: Params, objective: Objective, cached: bool, ops: Ops
+    ) -> None:
+        super().__init__(spec, job, params, aside, objective, cached, ops)
+        self._groups, self._clip = _groups(spec, job, params, aside, ops), job.local.clip
+
+    def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
+        """One optimizer step on a batch; returns its mean loss."""
+        loss = 0.0
+        for networks in self.networks(number):
+            loss = self._step(networks, inputs, targets_BS)
+        return loss
+
+    def _step(self, networks: Sequence[Mapping[str, Tensor]], inputs: Tensor, targets_BS: Tensor) -> float:
+        """A step along the sum of the gradients of some networks of the same tensors."""
+        norm: Tensor | None = None
+        if self._clip and self._levers.fused_update:
+            # The norm of the whole gradient must be known before the first block is updated.
+            norms: list[Tensor] = []
+
+            def note(group: _Group) -> None:
+                norms.append(group.norm())
+                group.forget()
+
+            self._gradients(networks, inputs, targets_BS, note)
+            norm = self._ops.norm_of(norms)
+        return self._gradients(networks, inputs, targets_BS, lambda group: group.update(norm))
+
+    def _gradients(
+        self,
+        networks: Sequence[Mapping[str, Tensor]],
+        inputs: Tensor,
+        targets_BS: Tensor,
+        finish: Callable[[_Group], None],
+    ) -> float:
+        """Gradients of a batch, in as many passes as it takes; `finish` gets each group once it has its own."""
+        total = 0.0
+        for each in self.passes(networks, inputs, targets_BS):
+            total += each.share * each.loss.item() if each.counted else 0.0
+            fused = self._levers.fused_update and each.last
+            self._backward(each.params, each.stages, each.share, finish if fused else None)
+        if not self._levers.fused_update:
+            self._groups[_TOP].complete()
+            finish(self._groups[_TOP])
+        return total
+
     def _backward(
         self,
         params: Mapping[str, Tensor],
@@ -358,29 +468,3 @@ class _Trainer:
             self._run(params, leaf, block).backward(gradient_BSD[rows])  # type: ignore[no-untyped-call]
             if leaf.grad is not None:
                 gradient_BSD[rows] = leaf.grad
-
-    def _bottom(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """What the lowest trained block sees, BSD; with a graph only if the embedding trains."""
-        if self._cached:
-            return inputs
-        self._ops.moment("prefix" if self._frozen else "forward")
-        x_BSD = model.embed(self._spec, params, inputs, self._ops)
-        with torch.no_grad():
-            for block in self._frozen:
-                run = self._run_slices if self._levers.recompute else self._run
-                x_BSD = run(params, x_BSD, block)
-        return x_BSD
-
-    def _run(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int) -> Tensor:
-        return model.run_blocks(self._spec, params, x_BSD, [block], self._ops)
-
-    @torch.no_grad()
-    def _run_slices(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int) -> Tensor:
-        """A block on a few sequences at a time, without a graph."""
-        out_BSD = self._ops.empty_like(x_BSD)
-        for rows in self._few(x_BSD):
-            out_BSD[rows] = self._run(params, x_BSD[rows], block)
-        return out_BSD
-
-    def _few(self, x_BSD: Tensor) -> Iterator[slice]:
-        return self._ops.slices(x_BSD.shape[0], max(1, _SLICE_TOKENS // x_BSD.shape[1]))

@@ -34,7 +34,8 @@ def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, An
     limit = Budget() if experiment.method.on_infeasible == "ignore" else group.budget
     method = experiment.method
     turn = Turn(0, method.peak_round(experiment.rounds), experiment.rounds)
-    fitted = [fit(spec, plan, limit, *work, experiment.levers, method) for plan in method.plans(spec, turn, {})]
+    plans = (*method.plans(spec, turn, {}), *method.last_resort(spec, turn, {}))
+    fitted = [fit(spec, plan, limit, *work, experiment.levers, method) for plan in plans]
     taken = next((i for i, each in enumerate(fitted) if each.plan == choice.plan), None)
     shown = fitted[-1 if taken is None else taken]
     others = {}

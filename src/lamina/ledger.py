@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar, cast
@@ -23,7 +23,7 @@ from lamina.coding import Coding
 from lamina.data.task import Shard
 from lamina.job import Local, Turn
 from lamina.layout import Layout, Params
-from lamina.ops import Mix, Ops, chunk_tokens
+from lamina.ops import DRAWN, Draw, Mix, Ops, chunk_tokens
 from lamina.packed import SLAB_ROWS, packable
 from lamina.plan import Plan
 from lamina.shapes import FLOAT_BYTES, INDEX_BYTES, Allocation, Node, Shape
@@ -211,6 +211,34 @@ class Ledger(Ops):
         if coding.bits < 8:
             self.blank(made[name].shape, 1)
         return made
+
+    def direction(self, p: Tensor, draw: Draw) -> Tensor:
+        """New memory."""
+        return self.blank(p.shape)
+
+    def shift(self, p: Tensor, draw: Draw, factor: float) -> None:
+        """A part of the direction at a time."""
+        self.blank((min(DRAWN, p.numel()),))
+
+    def steer(self, p: Tensor, terms: Sequence[tuple[Draw, float]]) -> None:
+        """A gradient is born."""
+        node = _shape(p).node
+        assert node
+        node.grad = self.new(FLOAT_BYTES * p.numel(), "gradients")
+        for draw, factor in terms:
+            self.shift(p, draw, factor)
+
+    def add_linear(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
+        """In place; one product."""
+        self._count(2 * x.numel() * weight.shape[0])
+
+    def compute(self, call: Callable[[], Tensor], shape: Sequence[int], scratch: int = 0, flops: int = 0) -> Tensor:
+        """As it says."""
+        besides = self.new(FLOAT_BYTES * scratch)
+        out = self.blank(shape)
+        del besides
+        self._count(flops)
+        return out
 
     def moment(self, name: str) -> None:
         """What comes is booked under this name."""

@@ -360,8 +360,10 @@ def _block(spec: Spec, params: Mapping[str, Tensor], x_BSD: Tensor, i: int, ops:
     y_BSD = norm(x_BSD, "norm1")
     q_BSE, k_BSE, v_BSE = (linear(y_BSD, f"attn.{short}") for short in "qkv")
     del y_BSD
-    y_BSD = linear(ops.attention(q_BSE, k_BSE, v_BSE, heads), "attn.o")
-    x_BSD = ops.add(x_BSD, _adapted(spec, params, y_BSD, f"h.{i}.adapter1", ops))
+    y_BSE = ops.attention(q_BSE, k_BSE, v_BSE, heads)
+    del q_BSE, k_BSE, v_BSE
+    x_BSD = ops.add(x_BSD, _adapted(spec, params, linear(y_BSE, "attn.o"), f"h.{i}.adapter1", ops))
+    del y_BSE
     y_BSF = ops.gelu(linear(norm(x_BSD, "norm2"), "ffn.up"))
     return ops.add(x_BSD, _adapted(spec, params, linear(y_BSF, "ffn.down"), f"h.{i}.adapter2", ops))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from lamina.layout import Params
 
 T = TypeVar("T")
+Draw = Callable[[], np.random.Generator]
+"""Gives a generator at the start of the stream that a direction is read from."""
+
+DRAWN = 2**14
+"""Numbers of a direction that exist at a time where it is only added to something."""
 _LABEL_ROWS = 64
 
 
@@ -157,6 +162,36 @@ class Ops:
     def code(self, coding: Coding, name: str, new: Tensor, old: Tensor, turn: Turn) -> Params:
         """What is sent of `new` to where `old` is known."""
         return coding.encode(name, new.detach(), old, turn)
+
+    def direction(self, p: Tensor, draw: Draw) -> Tensor:
+        """Standard normal numbers of the shape of p."""
+        out = torch.empty(p.shape)
+        draw().standard_normal(dtype=np.float32, out=out.numpy())
+        return out
+
+    @torch.no_grad()
+    def shift(self, p: Tensor, draw: Draw, factor: float) -> None:
+        """Add factor * the direction of the same draw to p, of which only a part exists at a time."""
+        flat, rng = p.view(-1), draw()
+        space = torch.empty(min(DRAWN, p.numel()))
+        for rows in self.slices(p.numel(), len(space)):
+            part = space[: rows.stop - rows.start]
+            rng.standard_normal(dtype=np.float32, out=part.numpy())
+            flat[rows].add_(part, alpha=factor)
+
+    def steer(self, p: Tensor, terms: Sequence[tuple[Draw, float]]) -> None:
+        """Let the gradient of p be the sum of factor * direction over (draw, factor)."""
+        p.grad = torch.zeros_like(p)
+        for draw, factor in terms:
+            self.shift(p.grad, draw, factor)
+
+    def add_linear(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Add X W^T to `out`."""
+        out.view(-1, len(weight)).addmm_(x.flatten(0, -2), weight.T)
+
+    def compute(self, call: Callable[[], Tensor], shape: Sequence[int], scratch: int = 0, flops: int = 0) -> Tensor:
+        """What `call` returns, of this shape, without a graph; it needs so many numbers besides while it runs."""
+        return call()
 
     def moment(self, name: str) -> None:
         """Told what the device is at: "prefix", "load", "forward", "loss", "backward" or "update"."""
@@ -324,13 +359,13 @@ class _SparseLinear(torch.autograd.Function):
         """Keeps x and the indices."""
         ctx.save_for_backward(x, values, indices)
         ctx.weight = weight
-        return F.linear(x, _plus_sparse(weight, values, indices), bias)
+        return F.linear(x, plus_sparse(weight, values, indices), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, Tensor | None]:
         """Gradients of x, the values and b."""
         x, values, indices = ctx.saved_tensors
-        of_x = gradient @ _plus_sparse(ctx.weight, values, indices) if ctx.needs_input_grad[0] else None
+        of_x = gradient @ plus_sparse(ctx.weight, values, indices) if ctx.needs_input_grad[0] else None
         of_values = None
         if ctx.needs_input_grad[2]:
             dense = gradient.flatten(0, -2).T @ x.flatten(0, -2)
@@ -339,7 +374,8 @@ class _SparseLinear(torch.autograd.Function):
         return of_x, None, of_values, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
 
 
-def _plus_sparse(weight: Tensor | Packed, values: Tensor, indices: Tensor) -> Tensor:
+def plus_sparse(weight: Tensor | Packed, values: Tensor, indices: Tensor) -> Tensor:
+    """W + S, whole."""
     whole = weight.unpack() if isinstance(weight, Packed) else weight.clone()
     whole.view(-1).index_add_(0, indices, values)
     return whole

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lamina.model import Spec, spec_from_json
 
 Absent = Literal["keep", "skip"]
 Gradient = Literal["backward", "forward", "zeroth"]
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 
 
 @dataclass(frozen=True, slots=True)

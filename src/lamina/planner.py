@@ -150,6 +150,8 @@ def choose_plan(
         return None if tried[-1].exceeded else tried[-1].plan
 
     picked = method.pick(method.fitting(spec, turn, memory or {}, fits), turn)
+    if picked is None:
+        picked = next(filter(None, map(fits, method.last_resort(spec, turn, memory or {}))), None)
     richer = list(takewhile(lambda each: each.exceeded, tried))
     binding = richer[-1].exceeded if richer else ()
     if picked is None:

@@ -10,6 +10,7 @@ from typing import Any
 from lamina import model
 from lamina.config import Experiment
 from lamina.engines import Engine
+from lamina.estimators import unfold
 from lamina.experiment import Outlook
 from lamina.job import Failure, Job, Turn, Update
 from lamina.model import Spec
@@ -96,7 +97,7 @@ def play_round(
         progress(count - len(pending), count)
         rows[device] = _answered(asked[device], update, fault(update, job, spec))
         if isinstance(update, Update) and rows[device].rejected is None:
-            votes.append(method.decode(update, job, spec))
+            votes.append(method.decode(unfold(update, job), job, spec))
             kept |= {device: update.state} if update.state else {}
     params, memory = state.params, state.memory
     if votes:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lamina.levers import Levers
 from lamina.limits import lacks_memory, limited, resident_peak, start_count, traceless
 from lamina.methods import from_table
 from lamina.model import Lora, Spec, spec_from_json
-from lamina.plan import Plan
+from lamina.plan import GRADIENTS, Plan
 from lamina.units import human
 from lamina.watch import count_allocations, watch_job
 
@@ -122,6 +123,8 @@ def _small_jobs() -> None:
             for levers in (Levers(), exact, packed, Levers(optimizer="adamw8"), Levers(optimizer="adafactor")):
                 job = Job(Turn(0, 0, 1), Plan(names, trains, levers=levers), local, Flash(path))
                 client.train(job, Pairs(ids, ids), spec)
+        for gradient in GRADIENTS[1:]:
+            client.train(replace(job, plan=replace(job.plan, gradient=gradient)), Pairs(ids, ids), spec)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from lamina.methods.base import Method
 from lamina.methods.blocks import Alf, Caff, CocoFl, FedRa
 from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.exact import FedExLora, FlexLora, Flora
+from lamina.methods.forward import Mezo, Spry
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora, FfaLora, HetLora, LoraLastT
 from lamina.methods.lowrank import FedHM, Flanc
@@ -41,6 +42,8 @@ METHODS: dict[str, type[Method]] = {
     "flexlora": FlexLora,
     "fedex-lora": FedExLora,
     "fedhm": FedHM,
+    "spry": Spry,
+    "mezo": Mezo,
 }
 
 PLAIN = "plain"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lamina import model
+from lamina.estimators import PROJECTED
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Axis, Params
 from lamina.model import Spec
@@ -58,11 +59,19 @@ class Method:
         on_infeasible: When a device fits no plan of a network: "reject" the network, "drop" the device, or "ignore"
             all budgets, which gives an upper bound and not a run that the fleet could do.
         weighting: A device counts by its "examples", or all count the same ("uniform").
+        fallback: For a device that fits no plan: the cheapest one with the gradient found by a "forward" pass along a
+            direction, or from two losses ("zeroth" order, without penalties, and only numbers go up); or "none".
+        directions: Directions per step of a gradient that is found in one of these ways.
+        zeroth_lr: Learning rate of zeroth order, times the number of trained scalars. It is plain SGD, with nothing of
+            `[local]` but the schedule.
     """
 
     absent: Absent = "skip"
     on_infeasible: Literal["reject", "drop", "ignore"] = "reject"
     weighting: Literal["examples", "uniform"] = "examples"
+    fallback: Literal["none", "forward", "zeroth"] = "none"
+    directions: int = 1
+    zeroth_lr: float = 50.0
 
     group: ClassVar[str] = ""
     source: ClassVar[str] = ""
@@ -76,6 +85,17 @@ class Method:
     """What a device keeps between rounds, for people; "" if nothing."""
     lossy: ClassVar[bool] = False
     """Whether what a device gets is not the server's network, so that training nothing changes it all the same."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing; a method that refuses more does so besides.
+
+        Raises:
+            ValueError: Naming the key, what was given and what is accepted.
+        """
+        if self.directions < 1:
+            raise ValueError(f"directions must be at least 1, got {self.directions}")
+        if not self.zeroth_lr > 0:
+            raise ValueError(f"zeroth_lr must be above 0, got {self.zeroth_lr}")
 
     def adapt(self, spec: Spec) -> Spec:
         """The network with whatever the method adds to it; by default nothing."""
@@ -123,6 +143,13 @@ class Method:
         """
         return (found for plan in self.plans(spec, turn, memory) if (found := fits(plan)))
 
+    def last_resort(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
+        """What is offered to a device that fits none of the plans; see `fallback`."""
+        if self.fallback != "none":
+            *_, cheapest = self.plans(spec, turn, memory)
+            label = f"{cheapest.label}, {'forward mode' if self.fallback == 'forward' else 'zeroth order'}"
+            yield replace(cheapest, gradient=self.fallback, label=label)
+
     def pick(self, feasible: Iterator[Plan], turn: Turn) -> Plan | None:
         """One of the plans that fit, which come as they are asked for, richest first; None if none does."""
         return next(feasible, None)
@@ -132,7 +159,12 @@ class Method:
         return narrow(params, model.layout(spec), plan)
 
     def sends(self, spec: Spec, plan: Plan, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of what a device sends after so many steps; by default what it trains, as it is."""
+        """Shape and type of what a device sends after so many steps; by default what it trains, as it is.
+
+        Of zeroth order, it is the slopes along its directions; the server makes the tensors of them before `decode`.
+        """
+        if plan.gradient == "zeroth":
+            return {PROJECTED: ((steps, self.directions), torch.float32)}
         layout = model.layout(plan.runs(spec))
         return {name: (plan.shape(layout, name), torch.float32) for name in layout.params if name in plan.trains}
 
@@ -180,7 +212,9 @@ class Method:
         """Add to the gradients of some trained tensors (whole blocks) what penalties pull at them, in closed form."""
 
     def finish(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> tuple[Params, Params]:
-        """What a device sends, and what it keeps for its next round."""
+        """What a device sends, as `sends` says, and what it keeps for its next round."""
+        if job.plan.gradient == "zeroth":
+            return {PROJECTED: aside[PROJECTED]}, {}
         return {name: params[name].detach() for name in job.plan.trains}, {}
 
 

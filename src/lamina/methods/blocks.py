@@ -193,6 +193,7 @@ class Alf(Method):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold}")
         if not 0 <= self.decay < 1:
@@ -286,6 +287,7 @@ class FedRa(Method):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         _ = self._lora
 
     @property

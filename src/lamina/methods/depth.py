@@ -128,6 +128,7 @@ class DepthFL(_FromBelow):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         if self.every < 1:
             raise ValueError(f"every must be at least 1, got {self.every}")
         if self.alpha < 0:
@@ -250,6 +251,7 @@ class ProgFed(_FromBelow):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         if self.stages < 1:
             raise ValueError(f"stages must be at least 1, got {self.stages}")
         if not 0 <= self.growth <= 1:
@@ -351,6 +353,7 @@ class Slt(_FromBelow):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         for key in ("training_depth", "widths"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")

@@ -46,6 +46,7 @@ class Added(Method):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         if isinstance(self.depth, int) and self.depth < 1:
             raise ValueError(f'depth must be "all", "budget" or a number from 1 on, got {self.depth}')
 

@@ -89,6 +89,7 @@ class FedHM(Method):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         if self.ratios[:1] != (1,) or sorted(set(self.ratios)) != list(self.ratios):
             raise ValueError(f"ratios must ascend from 1, got {list(self.ratios)}")
         for key in ("first_block", "decay"):
@@ -239,6 +240,7 @@ class Flanc(Method):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         falling = sorted(set(self.widths), reverse=True) == list(self.widths)
         if self.widths[:1] != (1.0,) or not falling or self.widths[-1] <= 0:
             raise ValueError(f"widths must fall from 1 and stay above 0, got {list(self.widths)}")

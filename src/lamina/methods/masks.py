@@ -68,6 +68,7 @@ class PerFedMask(Method):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         if self.starts < 1:
             raise ValueError(f"starts must be at least 1, got {self.starts}")
         if self.personal_epochs < 0:

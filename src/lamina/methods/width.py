@@ -51,6 +51,7 @@ class Width(Method):
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
+        super().__post_init__()
         within = self.ratios and all(0 < ratio <= 1 for ratio in self.ratios)
         if not within or any(wider <= narrower for wider, narrower in pairwise(self.ratios)):
             raise ValueError(f"ratios must fall, each above 0 and at most 1, got {list(self.ratios)}")
@@ -138,21 +139,27 @@ class FederatedDropout(Width):
         drawn = turn.rng(f"units/{axis}").choice(size, count, replace=False)
         return Keep(count, units=tuple(sorted(drawn.tolist())))
 
+    def coded(self, plan: Plan) -> Coding | None:
+        """How changes are sent; None where new values are, or slopes."""
+        return None if plan.gradient == "zeroth" else self.coding
+
     def sends(self, spec: Spec, plan: Plan, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """New values, or their changes as `lamina.coding` has them."""
         sends = super().sends(spec, plan, steps)
-        if not (coding := self.coding):
+        if not (coding := self.coded(plan)):
             return sends
         parts = (coding.sends(name, torch.Size(shape).numel()) for name, (shape, _) in sends.items())
         return {name: part for each in parts for name, part in each.items()}
 
     def remember(self, job: Job, params: Mapping[str, Tensor], ops: Ops) -> Params:
         """What changes are changes of."""
-        return {name: ops.copy(params[name]) for name in params if name in job.plan.trains} if self.coding else {}
+        return (
+            {name: ops.copy(params[name]) for name in params if name in job.plan.trains} if self.coded(job.plan) else {}
+        )
 
     def finish(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> tuple[Params, Params]:
         """New values, or their changes, coded one after the other."""
-        if not (coding := self.coding):
+        if not (coding := self.coded(job.plan)):
             return super().finish(job, params, aside, ops)
         sent: Params = {}
         for name in list(aside):
@@ -162,7 +169,7 @@ class FederatedDropout(Width):
     def decode(self, update: Update, job: Job, spec: Spec) -> Vote:
         """What was held and the change that arrived."""
         vote = super().decode(update, job, spec)
-        if not (coding := self.coding):
+        if not (coding := self.coded(job.plan)):
             return vote
         new = {name: coding.decode(name, update.arrays, job.arrays[name], job.turn) for name in job.plan.trains}
         return replace(vote, arrays=new)

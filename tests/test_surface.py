@@ -46,6 +46,8 @@ KEYS = {
     "method heterofl": (METHODS["heterofl"], f"{COMMON} ratios scope scaler own_labels"),
     "method fedrolex": (METHODS["fedrolex"], f"{COMMON} ratios scope scaler own_labels stride"),
     "method fjord": (METHODS["fjord"], f"{COMMON} ratios scope distill"),
+    "method flanc": (METHODS["flanc"], f"{COMMON} widths basis_fraction n_basis orthogonality"),
+    "method fedhm": (METHODS["fedhm"], f"{COMMON} ratios first_block decay dynamic temperature history"),
     "method lora": (METHODS["lora"], f"{COMMON} rank alpha targets depth train_head"),
     "method depthfl": (METHODS["depthfl"], f"{COMMON} every alpha ramp"),
     "method progfed": (METHODS["progfed"], f"{COMMON} stages growth warmup"),

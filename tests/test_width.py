@@ -735,6 +735,19 @@ def test_the_price_is_that_of_the_dearest_width(settings: Any, lever: Levers, mo
     assert max(real) == pytest.approx(price, rel=0.005)
 
 
+def test_the_gradient_of_a_cut_tensor_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tensors are all that counts, half of the width therefore takes more than all of it."""
+    network, local = replace(WIDE, vocab=3000), Local(optimizer="sgd", batch_size=1, steps=2)
+    method = Fjord(scope="full", ratios=(1.0, 0.5), distill=False)
+    plan = replace(plans(method, network=network)[0], levers=Levers(chunked_loss=True))
+    real = []
+    for index in range(2):
+        monkeypatch.setattr(Ops, "drawn", lambda self, networks, _, index=index: iter([networks[index]]))
+        real.append(sum(measure.watch(network, plan, local, 2, method).peak()[0].values()))
+    assert real[1] > 1.05 * real[0]
+    assert cost(network, plan, local, 2, 2, method).memory_bytes == pytest.approx(real[1], rel=0.005)
+
+
 def test_a_step_takes_the_operations_of_the_whole_and_of_a_drawn_width_on_average() -> None:
     """And those of the whole one's head, which predicts once more to teach: 2 V D per token."""
     local, tokens, steps = Local(batch_size=4, steps=3), 32, 3

@@ -31,6 +31,7 @@ from lamina.pretrain import Pretrain
 
 ROOT = Path(__file__).parents[1]
 COMMON = "absent on_infeasible weighting fallback directions zeroth_lr"
+LORA = "depth train_head rank alpha targets"
 KEYS = {
     "": (
         config.Experiment,
@@ -50,9 +51,17 @@ KEYS = {
     "method heterofl": (METHODS["heterofl"], f"{COMMON} ratios scope scaler own_labels"),
     "method fedrolex": (METHODS["fedrolex"], f"{COMMON} ratios scope scaler own_labels stride"),
     "method fjord": (METHODS["fjord"], f"{COMMON} ratios scope distill"),
+    **{
+        f"method {name}": (METHODS[name], f"{COMMON} {LORA}")
+        for name in ("lora", "lora-last-t", "ffa-lora", "fedex-lora")
+    },
+    "method hetlora": (METHODS["hetlora"], f"{COMMON} {LORA} ranks gamma lambda_"),
+    "method slora": (METHODS["slora"], f"{COMMON} {LORA} density mask_seed first_stage"),
+    "method flora": (METHODS["flora"], f"{COMMON} {LORA} ranks"),
+    "method flexlora": (METHODS["flexlora"], f"{COMMON} {LORA} ranks"),
+    "method adapters": (METHODS["adapters"], f"{COMMON} depth train_head width std"),
     "method flanc": (METHODS["flanc"], f"{COMMON} widths basis_fraction n_basis orthogonality"),
     "method fedhm": (METHODS["fedhm"], f"{COMMON} ratios first_block decay dynamic temperature history"),
-    "method lora": (METHODS["lora"], f"{COMMON} rank alpha targets depth train_head"),
     "method depthfl": (METHODS["depthfl"], f"{COMMON} every alpha ramp"),
     "method progfed": (METHODS["progfed"], f"{COMMON} stages growth warmup"),
     "method slt": (METHODS["slt"], f"{COMMON} training_depth widths first"),

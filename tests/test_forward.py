@@ -464,24 +464,48 @@ def test_why_shows_the_fallback_next_to_the_plan_that_it_stands_in_for(world: Ta
     assert run.outlook.classes_json()[1]["predicted"]["up_bytes"] == 4 * STEPS
 
 
+FALLING = [name for name, cls in METHODS.items() if not cls.for_fleet and cls not in (Spry, Mezo)]
+
+
 @pytest.mark.parametrize("gradient", ["forward", "zeroth"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FALLING)
 def test_every_method_falls_back(name: str, gradient: Any, world: Table, tmp_path: Path) -> None:
     """Its devices take part in a round, each sending what was asked for, in the memory that was foreseen."""
     method = replace(METHODS[name](), fallback=gradient)
     network = method.adapt(SPEC)
     (plan,) = method.last_resort(network, TURN, {})
-    if not any(own.gradient == "backward" for own in method.plans(network, TURN, {})):
-        pytest.skip("it has no backward pass to do without")
-    price = cost(network, plan, LOCAL, WINDOW, STEPS, method)
+    own, price = (
+        cost(network, each, LOCAL, WINDOW, STEPS, method) for each in (replace(plan, gradient="backward"), plan)
+    )
     found = measure.watch(network, plan, replace(LOCAL, steps=2), WINDOW, method).peak()[0]
     assert sum(found.values()) == pytest.approx(price.memory_bytes, rel=0.02)
+    if price.memory_bytes >= own.memory_bytes:
+        assert gradient == "forward"  # it pays where more than the head trains
+        return
     table = {"name": name, "fallback": gradient, "on_infeasible": "drop"}
     fleet = [{"name": "weak", "memory": price.memory_bytes}]
     run = begin(world | {"method": table, "fleet": fleet, "cohort": 2}, tmp_path)
     state, rows = play(run)
     assert [(row.plan, row.rejected) for row in rows] == [(plan.label, None)] * 2
     assert moved(run.state.params, state.params)
+
+
+def test_tokens_of_a_device_arrive_beside_its_slopes(world: Table, tmp_path: Path) -> None:
+    """And codings of changes are let be, where no changes are sent."""
+    for settings in ({"name": "fedrolex", "own_labels": True}, {"name": "federated-dropout", "bits": 4}):
+        method = METHODS[str(settings["name"])](**{key: value for key, value in settings.items() if key != "name"})  # type: ignore[arg-type]
+        own = min(cost(SPEC, plan, LOCAL, WINDOW, STEPS, method).memory_bytes for plan in method.plans(SPEC, TURN, {}))
+        fleet = [{"name": "weak", "memory": own - 1}]
+        run = begin(world | {"method": settings | {"fallback": "zeroth"}, "fleet": fleet, "cohort": 2}, tmp_path)
+        state, rows = play(run)
+        assert [(row.plan is not None, row.rejected) for row in rows] == [(True, None)] * 2
+        assert moved(run.state.params, state.params)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if cls.for_fleet])
+def test_methods_that_plan_for_the_whole_fleet_have_no_fallback(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^fallback must be .*got 'zeroth'"):
+        METHODS[name](fallback="zeroth")
 
 
 def test_zeroth_order_sends_a_number_per_step_and_direction(world: Table, tmp_path: Path) -> None:

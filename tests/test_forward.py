@@ -24,6 +24,7 @@ from lamina.explain import explain
 from lamina.fleet import Budget
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
+from lamina.ledger import Ledger
 from lamina.levers import Levers
 from lamina.methods import METHODS, Method
 from lamina.methods.base import Objective
@@ -35,6 +36,7 @@ from lamina.model import Factored, Lora, Output, Sparse, Spec
 from lamina.ops import TORCH, Mix
 from lamina.plan import Plan
 from lamina.planner import choose_plan
+from lamina.watch import Watch
 
 SPEC = spec(3)
 LAYOUT = model.layout(SPEC)
@@ -373,6 +375,47 @@ def test_the_learning_rate_of_zeroth_order_is_its_own_and_follows_the_schedule()
         unit = float(slopes) / numbers * z(job.turn, 0, 0, "h.0.ffn.up.weight", step.shape)
         steps[lr, schedule] = float((step * unit).sum() / (unit * unit).sum())
     assert list(steps.values()) == pytest.approx([0.25, 0.25, 0.025], rel=1e-3)
+
+
+def _dual(tensor: Any, *shape: int) -> Any:
+    return Dual(tensor(*shape), tensor(*shape))
+
+
+KERNELS: dict[str, Any] = {
+    "norm of a frozen layer": lambda ops, t: ops.norm(_dual(t, 3, 9, 8), t(8), t(8), 1e-5),
+    "norm": lambda ops, t: ops.norm(_dual(t, 3, 9, 8), _dual(t, 8), _dual(t, 8), 1e-5),
+    "first norm that trains": lambda ops, t: ops.norm(t(3, 9, 8), _dual(t, 8), _dual(t, 8), 1e-5),
+    "attention": lambda ops, t: ops.attention(*(_dual(t, 2, 40, 8) for _ in range(3)), 2),
+    "attention to frozen values": lambda ops, t: ops.attention(_dual(t, 2, 40, 8), t(2, 40, 8), t(2, 40, 8), 2),
+    "attention of frozen scores": lambda ops, t: ops.attention(t(2, 40, 8), t(2, 40, 8), _dual(t, 2, 40, 8), 2),
+    "cross-entropy": lambda ops, t: ops.cross_entropy(_dual(t, 2, 7, 30), torch.zeros(2, 7, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
+def test_what_a_kernel_takes_meanwhile_is_in_its_price(kernel: Any) -> None:
+    """To a few numbers, as for masks of bytes: also where no network has its peak. What goes in is not counted."""
+    given: list[Any] = []
+    books = Ledger(1)
+
+    def blank(*shape: int) -> Tensor:
+        given.append(books.blank(shape))
+        return cast(Tensor, given[-1])
+
+    def random(*shape: int) -> Tensor:
+        given.append(torch.randn(shape))
+        return cast(Tensor, given[-1])
+
+    with torch.no_grad():
+        kernel(Duals(books), blank)
+        inputs = 4 * sum(each.numel() for each in given)
+        with Watch() as watched:
+            watched_given = len(given)
+            kernel(Duals(TORCH), random)
+    inputs_seen = sum(each.nbytes for each in given[watched_given:])
+    predicted = sum(books.timeline.peak()[0].values()) - inputs
+    measured = sum(watched.timeline.peak()[0].values()) - inputs_seen
+    assert abs(predicted - measured) <= 120 and measured > 500
 
 
 MOVES: dict[str, Case] = CASES | {

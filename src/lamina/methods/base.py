@@ -86,6 +86,9 @@ class Method:
     lossy: ClassVar[bool] = False
     """Whether what a device gets is not the server's network, so that training nothing changes it all the same."""
 
+    for_fleet: ClassVar[bool] = False
+    """Whether plans are settled before the first round, by the budgets of all devices; then there is no fallback."""
+
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing; a method that refuses more does so besides.
 
@@ -96,6 +99,8 @@ class Method:
             raise ValueError(f"directions must be at least 1, got {self.directions}")
         if not self.zeroth_lr > 0:
             raise ValueError(f"zeroth_lr must be above 0, got {self.zeroth_lr}")
+        if self.fallback != "none" and self.for_fleet:
+            raise ValueError(f'fallback must be "none" where plans are made for the whole fleet, got {self.fallback!r}')
 
     def adapt(self, spec: Spec) -> Spec:
         """The network with whatever the method adds to it; by default nothing."""

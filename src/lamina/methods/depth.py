@@ -239,6 +239,7 @@ class ProgFed(_FromBelow):
     warmup: float = 0.0667
 
     source: ClassVar[str] = "Wang et al. 2022"
+    for_fleet: ClassVar[bool] = True
     cuts: ClassVar[str] = "the last blocks, in the first rounds"
     note: ClassVar[str] = (
         "Saves on average and not at the peak, which is training of the whole network, or of as much of it as all "
@@ -341,6 +342,7 @@ class Slt(_FromBelow):
     first: Literal["width", "share"] = "width"
 
     source: ClassVar[str] = "Pfeiffer et al. 2023"
+    for_fleet: ClassVar[bool] = True
     cuts: ClassVar[str] = "heads and feed-forward units of later blocks"
     note: ClassVar[str] = (
         "Widths fill the budget of the weakest class in every round; the residual stream, and the weights of frozen "

@@ -56,6 +56,7 @@ class PerFedMask(Method):
 
     group: ClassVar[str] = "blocks"
     source: ClassVar[str] = "Setayesh et al. 2023"
+    for_fleet: ClassVar[bool] = True
     cuts: ClassVar[str] = "training of some blocks, others for each device"
     note: ClassVar[str] = (
         "Activations are kept from the lowest trained block upward, so a mask with a low block saves little. "

@@ -154,7 +154,7 @@ def test_devices_are_stateless(shard: Shard) -> None:
 def test_training_lowers_the_loss(method: Any, shard: Shard) -> None:
     adapted = method.adapt(SPEC)
     plan = next(iter(method.plans(adapted, TURN, {})))
-    asked = Job(TURN, plan, Local(lr=0.01, steps=1, batch_size=len(shard)), weights(adapted))
+    asked = Job(TURN, plan, Local(lr=0.01, steps=1, batch_size=len(shard)), weights(plan.runs(adapted)))
     first = client.train(asked.owned(), shard, adapted)
     many = client.train(replace(asked, local=replace(asked.local, steps=8)).owned(), shard, adapted)
     assert many.loss < first.loss

@@ -139,11 +139,18 @@ def same(
     losses, tensors = without(network, plan, local, shard, method)
     params = weights(plan.runs(network))
     got_losses, got = run(network, replace(plan, levers=lever), local, shard, params, slice_tokens, method)
-    assert got_losses == pytest.approx(losses, rel=2e-6)
+    coarse = plan.gradient == "zeroth"  # slopes are differences of two rounded losses over a thousandth
+    assert got_losses == pytest.approx(losses, rel=1e-3 if coarse else 2e-6)
     assert set(got) == set(tensors) == plan.trains
     travelled = local.lr * len(losses)
     for name, tensor in tensors.items():
-        atol = 1e-6 if local.optimizer == "sgd" else travelled * (0.2 if name.endswith("k.bias") else 5e-4)
+        atol = (
+            0.01
+            if coarse
+            else 1e-6
+            if local.optimizer == "sgd"
+            else travelled * (0.2 if name.endswith("k.bias") else 5e-4)
+        )
         assert torch.allclose(got[name], tensor, rtol=1e-5, atol=atol), name
 
 

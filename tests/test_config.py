@@ -161,7 +161,7 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         (
             "method.abesnt='keep'",
             ": [method] caff: unknown key 'abesnt'; did you mean 'absent'? accepted: absent, on_infeasible, weighting, "
-            "train_head, train_embeddings",
+            "fallback, directions, zeroth_lr, train_head, train_embeddings",
         ),
         ("fleet.weak.memroy=3", f": [[fleet]] 1: unknown key 'memroy'; did you mean 'memory'? accepted: {FLEET_KEYS}"),
         ("method.name='caf'", f": [method]: unknown name 'caf'; did you mean 'caff'? accepted: {METHOD_NAMES}"),

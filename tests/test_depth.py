@@ -130,7 +130,7 @@ def test_exits_get_the_gradient_of_the_loss_written_out(
     plan: Plan, lever: Levers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In double precision, in chunks of three tokens and slices of two sequences; with SGD at lr = 1 the step is it."""
-    monkeypatch.setattr(client, "_SLICE_TOKENS", 14)
+    monkeypatch.setattr(ops, "SLICE_TOKENS", 14)
     monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 3 * EVERY_BLOCK.vocab)
     monkeypatch.setattr(ops, "_CHUNK_TOKENS", 1)
     params = {name: p.double() for name, p in weights(EVERY_BLOCK).items() if name in plan.holds}

@@ -34,6 +34,7 @@ from lamina.methods.lora import FedLora
 from lamina.model import Spec
 from lamina.ops import TORCH, Ops
 from lamina.plan import Keep, Plan, narrow
+from lamina.source import run_prefix
 from lamina.timeline import Timeline
 
 PLAIN = Method()
@@ -103,7 +104,7 @@ def run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "_trainer", lambda *arguments: Noting(make(*arguments)))
-        patch.setattr(client, "_SLICE_TOKENS", slice_tokens)
+        patch.setattr(ops, "SLICE_TOKENS", slice_tokens)
         job = Job(TURN, plan, local, narrow(params, model.layout(plan.runs(network)), plan), method).owned()
         update = client.train(job, shard, network)
     assert update.steps == len(losses)
@@ -259,7 +260,7 @@ def test_everything_that_trains_gets_its_gradient_and_nothing_else_moves(plan: P
     given = {name: p.clone() for name, p in PARAMS.items()}
     job = Job(TURN, replace(plan, levers=lever), local, given)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "_SLICE_TOKENS", 14)
+        patch.setattr(ops, "SLICE_TOKENS", 14)
         update = client.train(job, shard, SPEC)
     expected, loss = whole_gradient(plan, shard, local)
     assert update.loss == pytest.approx(loss, rel=1e-6)
@@ -666,8 +667,8 @@ def test_the_cache_holds_what_the_prefix_makes_of_each_example(plan: str, place:
     asked = replace(GRADIENT_PLANS[plan], levers=Levers(prefix_cache=place, cache_bits=bits_))
     shard, rows = Sequences(30, 9), np.array([2, 3, 5, 7, 11, 13, 17, 19, 23])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "_SLICE_TOKENS", 40)  # four sequences at a time
-        source = client._run_prefix(Job(TURN, asked, LOCALS["sgd"], PARAMS), shard, SPEC, rows, TORCH)
+        patch.setattr(ops, "SLICE_TOKENS", 40)  # four sequences at a time
+        source = run_prefix(Job(TURN, asked, LOCALS["sgd"], PARAMS), shard, SPEC, rows, TORCH)
     for picked in ([5, 2, 23], [13], [19, 19, 3], rows.tolist()):
         ids, targets = shard.batch(np.array(picked))
         expected = model.embed(SPEC, PARAMS, torch.from_numpy(ids))

@@ -19,11 +19,12 @@ import torch
 
 from lamina import client, model
 from lamina.job import Job, Local, Turn
-from lamina.ledger import Blank, Held, Ledger
+from lamina.ledger import Ledger
 from lamina.methods.base import Method
 from lamina.model import Spec
 from lamina.plan import Plan
 from lamina.shapes import FLOAT_BYTES
+from lamina.stand_ins import Blank, Held
 
 _PLAIN = Method()
 

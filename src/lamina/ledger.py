@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
@@ -22,11 +21,11 @@ from lamina import optim
 from lamina.coding import Coding
 from lamina.data.task import Shard
 from lamina.job import Local, Turn
-from lamina.layout import Layout, Params
+from lamina.layout import Params
 from lamina.ops import DRAWN, Draw, Mix, Ops, chunk_tokens
 from lamina.packed import SLAB_ROWS, packable
-from lamina.plan import Plan
 from lamina.shapes import FLOAT_BYTES, INDEX_BYTES, Allocation, Node, Shape
+from lamina.stand_ins import Cache, Held, Optimizer
 from lamina.timeline import Timeline
 
 T = TypeVar("T")
@@ -51,7 +50,7 @@ class Ledger(Ops):
         self.flops: defaultdict[str, Fraction] = defaultdict(Fraction)
         self.round_examples, self.warm = round_examples, warm
         self.cached, self._times = False, Fraction(1)
-        self._optimizers: WeakSet[_Optimizer] = WeakSet()
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
 
     def new(self, size_bytes: int, category: str = "temporary") -> Allocation:
         """Allocate."""
@@ -298,11 +297,11 @@ class Ledger(Ops):
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:
         """Memory for all examples of the round if they are kept in it; reading makes a copy."""
         self.cached = True
-        return _Cache(self, rows, shape, place, bits // 8)
+        return Cache(self, rows, shape, place, bits // 8)
 
     def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> Any:
         """States are born in the first step."""
-        made = _Optimizer(self, [_shape(p) for p in params], kind)
+        made = Optimizer(self, [_shape(p) for p in params], kind)
         self._optimizers.add(made)
         return made
 
@@ -351,95 +350,6 @@ class Ledger(Ops):
                 memory.storage.category = "activations"
                 self.saved_bytes += memory.storage.size_bytes
             node.saved.append(memory)
-
-
-@dataclass
-class Held(Mapping[str, Tensor]):
-    """Some arrays of a device: each access makes a new shape, as reading from disk makes a new tensor."""
-
-    ledger: Ledger
-    layout: Layout
-    plan: Plan
-    names: frozenset[str]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes on the device."""
-        return self.plan.shape(self.layout, name)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """A tensor that the device holds."""
-        return self.ledger.blank(self.shape(name), category="weights")
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self.names)
-
-
-@dataclass
-class Blank:
-    """Examples of which the tokens are as different as can be."""
-
-    examples: int
-    tokens: int
-    vocabulary: int
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return self.examples
-
-    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, int64 [rows, tokens] each."""
-        ids = (np.arange(len(rows) * self.tokens) % self.vocabulary).reshape(-1, self.tokens)
-        return ids, ids
-
-
-class _Cache:
-    """Stands for `flash.Kept` and `flash.Pages`."""
-
-    def __init__(self, ledger: Ledger, rows: int, shape: tuple[int, ...], place: str, item_bytes: int) -> None:
-        self._ledger, self._shape, self._item_bytes = ledger, shape, item_bytes
-        self._kept = ledger.blank((rows, *shape), item_bytes) if place == "ram" else None
-
-    def write(self, first: int, x: Tensor) -> None:
-        if self._kept is None and self._item_bytes < FLOAT_BYTES:
-            self._ledger.blank(x.shape, self._item_bytes)
-
-    def read(self, rows: np.ndarray) -> Tensor:
-        found = self._ledger.blank((len(rows), *self._shape), self._item_bytes)
-        return found if self._item_bytes == FLOAT_BYTES else self._ledger.blank(found.shape)
-
-
-class _Optimizer:
-    """Stands for one of `lamina.optim`."""
-
-    def __init__(self, ledger: Ledger, params: Sequence[Shape], kind: optim.Kind) -> None:
-        self._ledger, self._params, self._kind = ledger, params, kind
-        self._states: Allocation | None = None
-        if ledger.warm:
-            self._begin()
-
-    def reset(self) -> None:
-        """Be as before the first step, where that is the one that stands for all."""
-        if not self._ledger.warm:
-            self._states = None
-
-    def _begin(self) -> None:
-        size = sum(optim.state_bytes(self._kind, p.shape) for p in self._params)
-        self._states = self._ledger.new(size, "optimizer")
-
-    def step(self) -> None:
-        if self._states is None:
-            self._begin()
-        self._ledger.new(max(optim.scratch_bytes(self._kind, p.shape) for p in self._params))
-
-    def zero_grad(self) -> None:
-        for p in self._params:
-            if p.node:
-                p.node.grad = None
 
 
 def _shape(tensor: Tensor) -> Shape:

@@ -37,6 +37,8 @@ Draw = Callable[[], np.random.Generator]
 DRAWN = 2**14
 """Numbers of a direction that exist at a time where it is only added to something."""
 _LABEL_ROWS = 64
+SLICE_TOKENS = 256
+"""Tokens that run through a block at a time where nothing else asks for more: as few as keep the kernels busy."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,10 @@ class Ops:
     def slices(self, count: int, size: int) -> Iterator[slice]:
         """Consecutive slices of at most `size` that make up `count`."""
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+    def few(self, length: int) -> int:
+        """Sequences of this length that run at a time where few are to."""
+        return max(1, SLICE_TOKENS // length)
 
     def drawn(self, networks: Sequence[T], index: int) -> Iterator[T]:
         """The one of some networks that a step has drawn."""

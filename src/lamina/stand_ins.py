@@ -1,0 +1,113 @@
+"""What stands for a device's arrays, examples, cache and optimizer while its price is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from lamina import optim
+from lamina.layout import Layout
+from lamina.plan import Plan
+from lamina.shapes import FLOAT_BYTES, Allocation, Shape
+
+if TYPE_CHECKING:
+    from lamina.ledger import Ledger
+
+
+@dataclass
+class Held(Mapping[str, Tensor]):
+    """Some arrays of a device: each access makes a new shape, as reading from disk makes a new tensor."""
+
+    ledger: Ledger
+    layout: Layout
+    plan: Plan
+    names: frozenset[str]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes on the device."""
+        return self.plan.shape(self.layout, name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor that the device holds."""
+        return self.ledger.blank(self.shape(name), category="weights")
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self.names)
+
+
+@dataclass
+class Blank:
+    """Examples of which the tokens are as different as can be."""
+
+    examples: int
+    tokens: int
+    vocabulary: int
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return self.examples
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, int64 [rows, tokens] each."""
+        ids = (np.arange(len(rows) * self.tokens) % self.vocabulary).reshape(-1, self.tokens)
+        return ids, ids
+
+
+class Cache:
+    """Stands for `flash.Kept` and `flash.Pages`."""
+
+    def __init__(self, ledger: Ledger, rows: int, shape: tuple[int, ...], place: str, item_bytes: int) -> None:
+        """Memory for the rows if they are kept in it."""
+        self._ledger, self._shape, self._item_bytes = ledger, shape, item_bytes
+        self._kept = ledger.blank((rows, *shape), item_bytes) if place == "ram" else None
+
+    def write(self, first: int, x: Tensor) -> None:
+        """A copy in fewer bits on its way to disk."""
+        if self._kept is None and self._item_bytes < FLOAT_BYTES:
+            self._ledger.blank(x.shape, self._item_bytes)
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """A copy."""
+        found = self._ledger.blank((len(rows), *self._shape), self._item_bytes)
+        return found if self._item_bytes == FLOAT_BYTES else self._ledger.blank(found.shape)
+
+
+class Optimizer:
+    """Stands for one of `lamina.optim`."""
+
+    def __init__(self, ledger: Ledger, params: Sequence[Shape], kind: optim.Kind) -> None:
+        """With its states from the beginning if the ledger is warm."""
+        self._ledger, self._params, self._kind = ledger, params, kind
+        self._states: Allocation | None = None
+        if ledger.warm:
+            self._begin()
+
+    def reset(self) -> None:
+        """Be as before the first step, where that is the one that stands for all."""
+        if not self._ledger.warm:
+            self._states = None
+
+    def _begin(self) -> None:
+        size = sum(optim.state_bytes(self._kind, p.shape) for p in self._params)
+        self._states = self._ledger.new(size, "optimizer")
+
+    def step(self) -> None:
+        """States are born in the first."""
+        if self._states is None:
+            self._begin()
+        self._ledger.new(max(optim.scratch_bytes(self._kind, p.shape) for p in self._params))
+
+    def zero_grad(self) -> None:
+        """Gradients die."""
+        for p in self._params:
+            if p.node:
+                p.node.grad = None

@@ -415,7 +415,7 @@ def test_a_stage_holds_its_blocks_and_has_a_head_of_its_own() -> None:
     assert first.holds == first.trains == found("embed.", "h.0.", "h.1.", "exit.1.")
     assert warm.holds == last.holds == last.trains == found("embed.", "h.", "norm.", "head.")
     assert warm.trains == found("h.2.", "h.3.", "norm.", "head.")
-    assert method.peak_round(40) == 39
+    assert method.peak_rounds(40) == (39,)
 
 
 def test_the_fleet_stops_growing_where_a_class_cannot_follow(world: Table, tmp_path: Path) -> None:

@@ -87,7 +87,10 @@ class Server:
         self.spec = self.method.adapt(spec(3))
         self.layout = model.layout(self.spec)
         self.params = self.method.equip(self.spec, weights(self.spec), weights(spec(3)))
-        self.turn = Turn(0, self.method.peak_round(3), 3, 0)
+        self.turn = max(
+            (Turn(0, each, 3, 0) for each in self.method.peak_rounds(3)),
+            key=lambda turn: self.price(next(self.method.plans(self.spec, turn, {}))).memory_bytes,
+        )
         plans = tuple(self.method.plans(self.spec, self.turn, {}))
         fleet = Fleet([0, 0], (plans[0],), lambda group, plan: True)
         self.memory = self.method.prepare(self.spec, self.params, fleet, replace(self.turn, device=-1))

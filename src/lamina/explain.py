@@ -14,7 +14,7 @@ from lamina.job import Local, Turn
 from lamina.levers import Allowed, Levers, rungs
 from lamina.methods import Method
 from lamina.model import Spec
-from lamina.planner import Fitted, choose_plan, fit
+from lamina.planner import Fitted, choose_peak, fit
 
 SCHEMA = "lamina.why/1"
 
@@ -33,7 +33,7 @@ def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, An
     work = (experiment.local, experiment.task.window, outlook.steps)
     limit = Budget() if experiment.method.on_infeasible == "ignore" else group.budget
     method = experiment.method
-    turn = Turn(0, method.peak_round(experiment.rounds), experiment.rounds)
+    turn = Turn(0, choice.round, experiment.rounds)
     plans = (*method.plans(spec, turn, {}), *method.last_resort(spec, turn, {}))
     fitted = [fit(spec, plan, limit, *work, experiment.levers, method) for plan in plans]
     taken = next((i for i, each in enumerate(fitted) if each.plan == choice.plan), None)
@@ -41,7 +41,7 @@ def explain(experiment: Experiment, outlook: Outlook, name: str) -> dict[str, An
     others = {}
     wider: tuple[Allowed, ...] = ("exact", "all")
     for allowed in wider[wider.index(experiment.levers) + 1 :] if experiment.levers in wider else wider:
-        found = choose_plan(method, spec, group.budget, *work, turn, allowed).plan
+        found = choose_peak(method, spec, group.budget, *work, allowed, experiment.rounds).plan
         if found:
             others[str(allowed)] = {"plan": found.label, "levers": found.levers.names()}
     return {

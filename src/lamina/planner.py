@@ -48,11 +48,13 @@ class Choice:
         plan: The plan, or None: the device sits out.
         cost: Its price, or, when it sits out, that of the cheapest plan.
         binding: The resources of which the next richer plan needs more than there is; empty at the richest.
+        round: For which it was made.
     """
 
     plan: Plan | None
     cost: Cost
     binding: tuple[str, ...]
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Fleet:
 
     Attributes:
         class_of: Class index of every device.
-        plans: Of every class, None where it sits out; see `Method.peak_round`.
+        plans: Of every class, None where it sits out; see `Method.peak_rounds`.
         fits: Whether a plan fits the budget of a class.
     """
 
@@ -155,8 +157,24 @@ def choose_plan(
     richer = list(takewhile(lambda each: each.exceeded, tried))
     binding = richer[-1].exceeded if richer else ()
     if picked is None:
-        return Choice(None, tried[-1].cost, binding)
-    return Choice(picked, next(each.cost for each in tried if each.plan is picked), binding)
+        return Choice(None, tried[-1].cost, binding, turn.round)
+    return Choice(picked, next(each.cost for each in tried if each.plan is picked), binding, turn.round)
+
+
+def choose_peak(
+    method: Method,
+    spec: Spec,
+    budget: Budget,
+    local: Local,
+    tokens: int,
+    steps: int,
+    levers: Allowed = "none",
+    rounds: int = 1,
+) -> Choice:
+    """The choice of the round that asks most of any device: one that it does not fit, or that of the most memory."""
+    turns = (Turn(0, round_, rounds) for round_ in method.peak_rounds(rounds))
+    choices = [choose_plan(method, spec, budget, local, tokens, steps, turn, levers) for turn in turns]
+    return max(choices, key=lambda choice: (choice.plan is None, choice.cost.memory_bytes))
 
 
 def fit(
@@ -277,8 +295,8 @@ def assess(
 ) -> Candidate:
     """What every group would do on one network, in the round in which it needs most."""
     adapted = method.adapt(spec)
-    turn = Turn(seed=0, round=method.peak_round(rounds), rounds=rounds)
-    choices = tuple(choose_plan(method, adapted, group.budget, local, tokens, steps, turn, levers) for group in groups)
+    work = (local, tokens, steps, levers, rounds)
+    choices = tuple(choose_peak(method, adapted, group.budget, *work) for group in groups)
     plans = [choice.plan for choice in choices]
     trained = [plan.trained_blocks(model.layout(plan.runs(adapted))) if plan else 0 for plan in plans]
     mean = Fraction(
@@ -328,14 +346,14 @@ def choose_network(
         text += f"; {category} are {human('bytes', size)} of the memory"
     budget = " and ".join(f"{RESOURCES[name]} = {size}" for name, size in needs.items())
     remedies = [budget] if method.on_infeasible == "drop" else [budget, 'method.on_infeasible = "drop"']
-    budget_of, spec, turn = group.budget, nearest.spec, Turn(0, method.peak_round(rounds), rounds)
-    if levers == "none" and choose_plan(method, spec, budget_of, local, tokens, steps, turn, "exact").plan:
+    budget_of, spec = group.budget, nearest.spec
+    if levers == "none" and choose_peak(method, spec, budget_of, local, tokens, steps, "exact", rounds).plan:
         remedies.insert(0, 'levers = "exact"')
     halves = (local.batch_size >> power for power in range(1, local.batch_size.bit_length()))
     for size in halves:
         smaller = replace(local, batch_size=size)
         more = steps if local.steps else -(-steps * local.batch_size // size)  # as many passes over the data
-        if choose_plan(method, spec, budget_of, smaller, tokens, more, turn, levers).plan:
+        if choose_peak(method, spec, budget_of, smaller, tokens, more, levers, rounds).plan:
             remedies.insert(0, f"local.batch_size = {size}")
             break
     raise DoesNotFitError(f"{text}; try {' or '.join(filter(None, (', '.join(remedies[:-1]), remedies[-1])))}")

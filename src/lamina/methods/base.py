@@ -120,9 +120,9 @@ class Method:
         """The first memory; by default none. `turn` is the server's before the first round, for those that draw."""
         return {}
 
-    def peak_round(self, rounds: int) -> int:
-        """The round in which devices need most; prices are shown, and the network is chosen, for this one."""
-        return 0
+    def peak_rounds(self, rounds: int) -> tuple[int, ...]:
+        """Rounds of which one asks most of a device; prices are shown, and the network is chosen, for that one."""
+        return (0,)
 
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """The plans a device may get in a turn, richest first. By default the first that fits its budget is taken.

@@ -271,9 +271,9 @@ class ProgFed(_FromBelow):
         reached = takewhile(lambda plan: all(fleet.fits(group, plan) for group in able), plans)
         return {"stages": torch.tensor(sum(1 for _ in reached))}
 
-    def peak_round(self, rounds: int) -> int:
+    def peak_rounds(self, rounds: int) -> tuple[int, ...]:
         """The last one."""
-        return rounds - 1
+        return (rounds - 1,)
 
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """That of the stage; before it is known how far the fleet gets, those of all stages."""

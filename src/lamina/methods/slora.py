@@ -74,6 +74,10 @@ class SLora(FedLora):
         density = self.density or min(1.0, sum(map(layout.numel, names)) / whole)
         return replace(adapted, sparse=Sparse(density, self.mask_seed, adapted.lora.targets))
 
+    def peak_rounds(self, rounds: int) -> tuple[int, ...]:
+        """One of each stage."""
+        return 0, rounds - 1
+
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """What is added to the last t blocks in this stage, and the head."""
         layout = model.layout(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -12,8 +13,10 @@ from types import ModuleType
 import pytest
 from support import begin, moved, write_world
 
+from lamina import config, tables
 from lamina.cli import main
 from lamina.methods import METHODS
+from lamina.view import View
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -75,3 +78,16 @@ def test_the_method_of_the_readme_works_with_its_row_alone(tmp_path: Path, monke
     summary = run.play()
     assert moved(before, run.state.params) == {"norm.weight", "norm.bias", "head.weight"}
     assert {each["plan"] for each in summary["classes"]} == {"head only"}
+
+
+def test_the_comparison_that_the_readme_shows_is_the_recorded_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """`lamina compare examples/compare.toml` made the record; its tables are drawn anew here."""
+    collected = json.loads((ROOT / "records" / "compare" / "compare.json").read_text(encoding="utf-8"))
+    shown = re.findall(r"```\n\$ lamina compare examples/compare\.toml\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    for table in tables.comparison(collected):
+        View().table(table)
+    printed = capsys.readouterr().out.splitlines()
+    (lines,) = ([line.rstrip() for line in block.splitlines() if line.strip() not in ("", "...")] for block in shown)
+    assert len(lines) > 20 and [line for line in lines if line not in map(str.rstrip, printed)] == []
+    experiments = config.load_comparison(ROOT / "examples" / "compare.toml").experiments
+    assert [row["label"] for row in collected["methods"]] == [label for label, _ in experiments]

@@ -248,7 +248,7 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
     results, classes = [], []
     for row in collected["methods"]:
         if not row["seeds"]:
-            results.append((row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(names) + 5)))
+            results.append((row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(names) + 4)))
             continue
         after, totals = row["accuracy"]["after"], row["totals"]
         results.append(
@@ -258,7 +258,7 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
                 _percent(after["p10"]),
                 *(_percent(each["accuracy"]) if each["accuracy"] else "" for each in row["classes"]),
                 f"{row['took_part']:.0%}",
-                *(human("bytes", round(totals[key])) for key in ("up_bytes", "down_bytes")),
+                human("bytes", *(round(totals[key]) for key in ("up_bytes", "down_bytes"))),
                 human("flops", round(totals["flops"])),
             )
         )
@@ -275,7 +275,7 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
             classes.append((*cells, ", ".join(each["levers"]), held, memory))
     seeds = len(collected["seeds"])
     title = f"Accuracy in % and cost, {seeds} seed{'s' * (seeds != 1)} (mean±std; part: devices that took part)"
-    head = ("method", "mean", "p10", *names, "part", "up", "down", "FLOPs")
+    head = ("method", "mean", "p10", *names, "part", "up / down", "FLOPs")
     held_head = ("method", "network", "class", "trains blocks", "levers", "holds", "memory")
     return [
         Table(title, head, results),

@@ -170,3 +170,20 @@ def test_one_seed_has_no_spread(table: Table, tmp_path: Path) -> None:
     (row,) = compare.collect(comparison, found, {})["methods"]
     assert row["accuracy"]["after"]["p10"]["std"] is None
     assert "±" not in str(tables.comparison({"seeds": [3], "methods": [row]})[0].rows)
+
+
+def test_files_of_the_other_kind_are_told_apart(table: Table, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"compare\.toml has \[\[methods\]\]: it is for `lamina compare`$"):
+        config.load_experiment(written(table, tmp_path))
+    del table["methods"]
+    with pytest.raises(UserError, match=r"compare\.toml has no \[\[methods\]\], tables of .* is for `run`$"):
+        load(table, tmp_path)
+
+
+def test_methods_go_by_label_on_the_command_line(table: Table, tmp_path: Path) -> None:
+    made = load(table, tmp_path, "methods.full, drop.weighting=uniform")
+    assert [each.method.weighting for _, each in made.experiments] == ["examples", "uniform", "examples"]
+    with pytest.raises(
+        UserError, match=r"methods has no 'cafff'; did you mean 'caff'\? accepted: caff, full, drop, lora"
+    ):
+        load(table, tmp_path, "methods.cafff.weighting=uniform")

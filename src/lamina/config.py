@@ -117,6 +117,8 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
         UserError: The file is missing or not TOML, or a key or value is not accepted.
     """
     table, where = _read(path, overrides), str(path)
+    if "methods" not in table:
+        raise UserError(f"{where} has no [[methods]], the methods to compare; a single experiment is for `run`")
     known = [f.name for f in dataclasses.fields(Experiment) if f.name not in ("seed", "method")]
     for key in table:
         if key not in (names := [*known, "seeds", "methods", "on_infeasible"]):
@@ -157,6 +159,8 @@ def experiment(table: Mapping[str, Any], where: str) -> Experiment:
         UserError: A key or value is not accepted.
     """
     table = dict(table)
+    if "methods" in table:
+        raise UserError(f"{where} has [[methods]]: it is for `lamina compare`")
     _check_keys(Experiment, table, where)
     parts: dict[str, Any] = {}
     parts["task"] = _build_named(TASKS, {"name": "shakespeare"}, table.pop("task", {}), f"{where}: [task]")
@@ -231,9 +235,9 @@ def _override(table: dict[str, Any], text: str) -> None:
     target: Any = table
     for step in path:
         if isinstance(target, list):
-            named = {str(each["name"]): each for each in target if isinstance(each, dict) and "name" in each}
+            named = {str(each.get("label", each.get("name"))): each for each in target if isinstance(each, dict)}
             if step not in named:
-                raise UserError(f"--set {text}: no fleet class {step!r}; {nearest(step, named)}")
+                raise UserError(f"--set {text}: {path[0]} has no {step!r}; {nearest(step, named)}")
             target = named[step]
         elif isinstance(target, dict):
             target = target.setdefault(step, {})

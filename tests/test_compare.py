@@ -176,7 +176,7 @@ def test_files_of_the_other_kind_are_told_apart(table: Table, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"compare\.toml has \[\[methods\]\]: it is for `lamina compare`$"):
         config.load_experiment(written(table, tmp_path))
     del table["methods"]
-    with pytest.raises(UserError, match=r"compare\.toml has no \[\[methods\]\], tables of .* is for `run`$"):
+    with pytest.raises(UserError, match=r"compare\.toml has no \[\[methods\]\], the methods to .* is for `run`$"):
         load(table, tmp_path)
 
 

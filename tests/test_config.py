@@ -223,7 +223,7 @@ def test_refusals_name_the_key_and_what_is_accepted(override: str, message: str,
         ("=3", "--set takes key=value, such as local.lr=0.001; got '=3'"),
         (
             "fleet.weka.memory=3",
-            "--set fleet.weka.memory=3: no fleet class 'weka'; did you mean 'weak'? accepted: weak, strong",
+            "--set fleet.weka.memory=3: fleet has no 'weka'; did you mean 'weak'? accepted: weak, strong",
         ),
         ("fleet.weak=3", "--set fleet.weak=3: fleet is not a table"),
         ("name.x=3", "--set name.x=3: name is not a table"),

@@ -516,7 +516,9 @@ def test_every_method_falls_back(name: str, gradient: Any, world: Table, tmp_pat
     """Its devices take part in a round, each sending what was asked for, in the memory that was foreseen."""
     method = replace(METHODS[name](), fallback=gradient)
     network = method.adapt(SPEC)
-    (plan,) = method.last_resort(network, TURN, {})
+    turns = [Turn(0, each, 3) for each in method.peak_rounds(3)]
+    resorts = [next(method.last_resort(network, turn, {})) for turn in turns]
+    plan = resorts[0]
     own, price = (
         cost(network, each, LOCAL, WINDOW, STEPS, method) for each in (replace(plan, gradient="backward"), plan)
     )
@@ -526,7 +528,8 @@ def test_every_method_falls_back(name: str, gradient: Any, world: Table, tmp_pat
         assert gradient == "forward"  # it pays where more than the head trains
         return
     table = {"name": name, "fallback": gradient, "on_infeasible": "drop"}
-    fleet = [{"name": "weak", "memory": price.memory_bytes}]
+    most = max(cost(network, each, LOCAL, WINDOW, STEPS, method).memory_bytes for each in resorts)
+    fleet = [{"name": "weak", "memory": most}]
     run = begin(world | {"method": table, "fleet": fleet, "cohort": 2}, tmp_path)
     state, rows = play(run)
     assert [(row.plan, row.rejected) for row in rows] == [(plan.label, None)] * 2

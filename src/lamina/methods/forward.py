@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lamina import model
 from lamina.job import Turn
 from lamina.layout import Params
-from lamina.methods.base import Method
-from lamina.model import LINEARS, Lora, Spec
+from lamina.methods.lora import LowRank
+from lamina.model import Spec
 from lamina.plan import Plan
 
-_TARGETS = {"all": LINEARS, "qv": ("attn.q", "attn.v")}
-
 
 @dataclass(frozen=True)
-class _LowRank(Method):
-    """What trains low-rank matrices beside linear layers.
-
-    Attributes:
-        rank: r of the matrices.
-        alpha: Numerator of their scale; 2 r if 0.
-        targets: Beside "all" six linears of a block, or "qv".
-    """
-
-    rank: int = 1
-    alpha: float = 0.0
-    targets: Literal["all", "qv"] = "qv"
-
-    group: ClassVar[str] = "no backward"
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that mean nothing.
-
-        Raises:
-            ValueError: Naming the key, what was given and what is accepted.
-        """
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.alpha < 0:
-            raise ValueError(f"alpha must not be negative, got {self.alpha}")
-
-    def adapt(self, spec: Spec) -> Spec:
-        """Add A and B beside every target."""
-        return replace(spec, lora=Lora(self.rank, self.alpha or 2.0 * self.rank, _TARGETS[self.targets]))
-
-
-@dataclass(frozen=True)
-class Spry(_LowRank):
+class Spry(LowRank):
     """LoRA by forward mode: g = mean_i (v_i . dL) v_i from forward passes alone; devices share the blocks out.
 
     A device perturbs A and B of `blocks` blocks only, so that a direction has few dimensions; the next devices, and the
@@ -67,9 +32,12 @@ class Spry(_LowRank):
         train_head: Whether every device trains the head as well.
     """
 
+    rank: int = 1
+    targets: Literal["all", "qv"] = "qv"
     blocks: int = 1
     train_head: bool = False
 
+    group: ClassVar[str] = "no backward"
     source: ClassVar[str] = "Panchal et al. 2024"
     cuts: ClassVar[str] = "backward; training of the weights themselves"
     note: ClassVar[str] = (
@@ -103,7 +71,7 @@ class Spry(_LowRank):
 
 
 @dataclass(frozen=True)
-class Mezo(_LowRank):
+class Mezo(LowRank):
     """SGD from two losses per direction: p -= lr g z, g = (L(p + e z) - L(p - e z)) / 2e; only the numbers g go up.
 
     Directions z are functions of seed, round, device and step, so the server draws them anew and repeats the steps.
@@ -117,8 +85,11 @@ class Mezo(_LowRank):
         trains: "lora", "all" the network, or the "head" with the norm before it.
     """
 
+    rank: int = 1
+    targets: Literal["all", "qv"] = "qv"
     trains: Literal["lora", "all", "head"] = "lora"
 
+    group: ClassVar[str] = "no backward"
     source: ClassVar[str] = "Malladi et al. 2023; Qin et al. 2024"
     cuts: ClassVar[str] = "backward; what is sent"
     note: ClassVar[str] = (

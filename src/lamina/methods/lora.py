@@ -70,28 +70,18 @@ class Added(Method):
 
 
 @dataclass(frozen=True)
-class FedLora(Added):
-    """y = W x + (alpha / r) B A x with W frozen; A and B are averaged separately.
-
-    **Source:** Hu et al., ICLR 2022, section 4.1; federated as in FedIT (Zhang et al., ICASSP 2024), section 3.
-    **Departs:** the head trains too by default, as in every method here; norms and biases stay frozen. Averaging A and
-    B apart is biased, mean(B) mean(A) != mean(B A); that is the method as it is used.
+class LowRank(Method):
+    """What methods share that put low-rank matrices beside linear layers.
 
     Attributes:
-        rank: r.
-        alpha: Numerator of the scale; 2 r if 0.
-        targets: "all" six linears of a block, or "qv".
+        rank: r of the matrices.
+        alpha: Numerator of their scale; 2 r if 0.
+        targets: Beside "all" six linears of a block, or "qv".
     """
 
     rank: int = 8
     alpha: float = 0.0
     targets: Literal["all", "qv"] = "all"
-
-    source: ClassVar[str] = "Hu et al. 2022; Zhang et al. 2024"
-    cuts: ClassVar[str] = "training of the weights themselves"
-    note: ClassVar[str] = (
-        "Saves gradients and optimizer states, but hardly any activations, which dominate in small networks."
-    )
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing.
@@ -117,6 +107,22 @@ class FedLora(Added):
     def adapt(self, spec: Spec) -> Spec:
         """Add A and B beside every target."""
         return replace(spec, lora=self.lora(self.rank))
+
+
+@dataclass(frozen=True)
+class FedLora(LowRank, Added):
+    """y = W x + (alpha / r) B A x with W frozen; A and B are averaged separately.
+
+    **Source:** Hu et al., ICLR 2022, section 4.1; federated as in FedIT (Zhang et al., ICASSP 2024), section 3.
+    **Departs:** the head trains too by default, as in every method here; norms and biases stay frozen. Averaging A and
+    B apart is biased, mean(B) mean(A) != mean(B A); that is the method as it is used.
+    """
+
+    source: ClassVar[str] = "Hu et al. 2022; Zhang et al. 2024"
+    cuts: ClassVar[str] = "training of the weights themselves"
+    note: ClassVar[str] = (
+        "Saves gradients and optimizer states, but hardly any activations, which dominate in small networks."
+    )
 
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """A and B of the last t blocks, and the head; A and B that no device ever trains are not held."""

@@ -16,7 +16,7 @@ from functools import cached_property
 from importlib import resources
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from lamina.data.text import ALPHABET, decode_utf8, encode, normalise, read_byte
 from lamina.errors import UserError
 from lamina.files import digest
 from lamina.turn import generator
+
+if TYPE_CHECKING:
+    from lamina.job import Turn
 
 POOLED_DEVICES = 100  # devices of a split that pools the roles, as in CoCoFL (Pfeiffer et al., 2023)
 
@@ -63,6 +66,10 @@ class Windows:
         places = self.starts[rows][:, None] + np.arange(self.window + 1)
         inputs, targets = self.ids[places[:, :-1]], self.ids[places[:, 1:]]
         return inputs.astype(np.int64), targets.astype(np.int64)
+
+    def at(self, turn: Turn) -> Windows:
+        """The same in every turn."""
+        return self
 
 
 @dataclass(frozen=True)

@@ -112,27 +112,28 @@ def matching(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -
 
 
 def following(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Shards whose mixes of labels follow those of other shards, and so do their sizes.
+    """Shards whose mixes of labels, and whose sizes, follow those of other shards.
 
-    Equal within one where the other sizes are, else in proportion to them, by largest remainder. As `matching`,
-    but for the sizes, and that `counts` are first scaled to the labels there are here and to these sizes
-    (`balanced`): where labels are not as frequent as there, the cuts would move to a neighbour's labels.
+    Sizes are equal within one where the others are, else in proportion to them, by largest remainder. `counts` are
+    scaled to the labels there are here and to these sizes (`balanced`) and rounded, so that each device gets
+    labels of its own even where it gets few samples, or where labels are not as frequent as in the other shards:
+    `matching` then gives it many of its neighbour's.
 
     Args:
         labels: Label of every sample, integers [samples] in [0, labels).
         counts: Samples of every label in each of the other shards, [labels, devices].
-        rng: Source of the rounding, and of the order within a label.
+        rng: Source of the order of equals in rounding, and of who gets which sample of a label.
 
     Returns:
         Sample indices per device, int64 [samples of the device].
 
     Raises:
-        ValueError: A label has no row in `counts`, or there is no device.
+        ValueError: A label has no row in `counts`.
     """
     rows, others = _sizes(labels, len(counts)), counts.sum(axis=0)
     sizes = in_proportion(len(labels), others if np.ptp(others) > 1 else np.ones_like(others))
-    owners = _owners(labels, _rounded(balanced(counts, rows, sizes), rows, rng), rng)
-    return np.split(np.lexsort((labels, owners)), np.cumsum(sizes)[:-1])
+    owners = _owners(labels, _whole(balanced(counts, rows, sizes), rows, sizes, rng), rng)
+    return _by_owner(labels, owners, len(sizes))
 
 
 def in_proportion(count: int, weights: np.ndarray) -> np.ndarray:
@@ -144,28 +145,29 @@ def in_proportion(count: int, weights: np.ndarray) -> np.ndarray:
 
 
 def balanced(counts: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """`counts` scaled by row and by column to given sums: those of the rows hold, of the columns nearly.
+    """`counts` scaled by row and by column to given sums: nearly reached, and not exceeded.
 
     Iterative proportional fitting (Deming and Stephan, 1940), of `counts` plus a millionth, so that there is a
-    solution whatever is zero; it stops when all columns are within half a sample, or after 100 rounds.
+    solution whatever is zero. It stops when all columns are within half a sample, or after 100 rounds.
 
     Args:
         counts: Non-negative, [rows, columns].
-        rows: Wanted sums of the rows, [rows].
-        columns: Wanted sums of the columns, [columns], of the same total.
+        rows: Wanted sums of the rows, [rows]; nothing counts as a millionth.
+        columns: Wanted sums of the columns, [columns], of the same total; nothing counts as a millionth.
 
     Returns:
         float64 [rows, columns].
     """
     table: np.ndarray = counts + 1e-6
+    rows, columns = np.maximum(rows, 1e-6), np.maximum(columns, 1e-6)
     for _ in range(100):
         table *= (rows / table.sum(axis=1))[:, None]
         sums = table.sum(axis=0)
         if np.abs(sums - columns).max() < 0.5:
             break
-        table *= columns / np.maximum(sums, 1e-300)
-        table = np.maximum(table, 1e-300)
+        table *= columns / sums
     table *= (rows / table.sum(axis=1))[:, None]
+    table *= np.minimum(1, columns / table.sum(axis=0))
     return table
 
 
@@ -189,8 +191,7 @@ def unequal(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) ->
         ValueError: A label has no row in `shares`.
     """
     owners = _owners(labels, _rounded(shares, _sizes(labels, len(shares)), rng), rng)
-    ends = np.cumsum(np.bincount(owners, minlength=shares.shape[1]))
-    return np.split(np.lexsort((labels, owners)), ends[:-1])
+    return _by_owner(labels, owners, shares.shape[1])
 
 
 def shards(labels: np.ndarray, devices: int, per_device: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -339,6 +340,24 @@ def _rounded(weights: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -
     return counts
 
 
+def _whole(table: np.ndarray, rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers near `table` whose rows and columns have the sums `rows` and `columns`, int64 [rows, columns].
+
+    Rounded down, then up where the remainder is largest and both sums have room; what is left goes anywhere.
+    """
+    counts = np.floor(table).astype(np.int64)
+    short, room = (rows - counts.sum(axis=1)).tolist(), (columns - counts.sum(axis=0)).tolist()
+    rest = table - counts
+    places = rng.permutation(np.flatnonzero(rest > 1e-3))
+    places = places[np.argsort(-rest.ravel()[places], kind="stable")]
+    for row, column in zip(*(each.tolist() for each in np.unravel_index(places, table.shape)), strict=True):
+        if short[row] and room[column]:
+            counts[row, column] += 1
+            short[row], room[column] = short[row] - 1, room[column] - 1
+    np.add.at(counts, (np.repeat(np.arange(len(short)), short), np.repeat(np.arange(len(room)), room)), 1)
+    return counts
+
+
 def _owners(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Column that owns each sample, int64 [samples]; at random, but `counts` [labels, columns] hold."""
     order = rng.permutation(len(labels))
@@ -346,6 +365,12 @@ def _owners(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) ->
     owners = np.empty(len(labels), np.int64)
     owners[order] = np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.ravel())
     return owners
+
+
+def _by_owner(labels: np.ndarray, owners: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Sample indices of each owner, label by label."""
+    ends = np.cumsum(np.bincount(owners, minlength=parts))
+    return np.split(np.lexsort((labels, owners)), ends[:-1])
 
 
 def _cut(order: np.ndarray, parts: int) -> list[np.ndarray]:

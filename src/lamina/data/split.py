@@ -369,8 +369,8 @@ def _owners(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) ->
 
 def _by_owner(labels: np.ndarray, owners: np.ndarray, parts: int) -> list[np.ndarray]:
     """Sample indices of each owner, label by label."""
-    ends = np.cumsum(np.bincount(owners, minlength=parts))
-    return np.split(np.lexsort((labels, owners)), ends[:-1])
+    ends: np.ndarray = np.cumsum(np.bincount(owners, minlength=parts))
+    return np.split(np.lexsort((labels, owners)), ends[:-1].tolist())
 
 
 def _cut(order: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -158,8 +158,9 @@ class Shakespeare:
         roles = self._roles
         if self.split == "role":
             roles = self._drawn(roles, seed)
-        train, test = self._starts(list(map(len, roles.values())))
-        names = list(roles)
+        lengths = list(map(len, roles.values()))
+        train, test = self._starts(lengths)
+        names, kinds = list(roles), tuple(roles)
         if self.split != "role":
             train, test = self._dealt(train, test, seed, groups)
             names = [f"device {device}" for device in range(len(train))]
@@ -170,6 +171,8 @@ class Shakespeare:
             names=tuple(names),
             scored=self.scored,
             digest=digest(b"".join(part.tobytes() for part in (ids, *train, *test))),
+            kinds=kinds,
+            mix=split.mixes(np.repeat(np.arange(len(kinds)), lengths), train, len(kinds)),
         )
 
     @cached_property

@@ -1,11 +1,13 @@
 """Who gets which sample: pure functions from labels to one index array per device.
 
-Every function hands out each sample exactly once and depends only on its arguments and the generator. A
-sample's label is whatever makes devices differ: a class, or the role that speaks.
+Every function hands out each sample exactly once (`natural`: each sample of the users it is asked for) and
+depends only on its arguments and the generator. A sample's label is whatever makes devices differ: a class, or
+the role that speaks.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,8 +68,8 @@ def dirichlet(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) 
     Each label is dealt to the devices by one multinomial draw from its row of shares; the samples, device
     after device and label after label within a device, are cut again into parts that are equal within one.
 
-    Source: the split of CoCoFL and SLT (Pfeiffer et al., 2023). Departs from the usual Dirichlet split (Hsu,
-    Qi and Brown, 2019), whose devices differ in size: here neighbouring devices may share a label instead.
+    Source: the split of CoCoFL and SLT (Pfeiffer et al., 2023). Departs from the usual Dirichlet split
+    (`unequal`), whose devices differ in size: here neighbouring devices may share a label instead.
 
     Args:
         labels: Label of every sample, integers [samples] in [0, labels).
@@ -105,11 +107,166 @@ def matching(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -
         ValueError: A label has no row in `counts`.
     """
     weights = np.where(counts.sum(axis=1, keepdims=True) > 0, counts, 1)
-    ends = np.cumsum(weights, axis=1) / weights.sum(axis=1, keepdims=True)
-    sizes = _sizes(labels, len(counts))[:, None]
-    cuts = np.minimum(np.floor(ends * sizes + rng.random((len(counts), 1))), sizes).astype(np.int64)
-    owners = _owners(labels, np.diff(cuts, axis=1, prepend=0), rng)
+    owners = _owners(labels, _rounded(weights, _sizes(labels, len(counts)), rng), rng)
     return _cut(np.lexsort((labels, owners)), counts.shape[1])
+
+
+def following(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Shards whose mixes of labels, and whose sizes, follow those of other shards.
+
+    Sizes are equal within one where the others are, else in proportion to them, by largest remainder. `counts` are
+    scaled to the labels there are here and to these sizes (`balanced`) and rounded, so that each device gets
+    labels of its own even where it gets few samples, or where labels are not as frequent as in the other shards:
+    `matching` then gives it many of its neighbour's.
+
+    Args:
+        labels: Label of every sample, integers [samples] in [0, labels).
+        counts: Samples of every label in each of the other shards, [labels, devices].
+        rng: Source of the order of equals in rounding, and of who gets which sample of a label.
+
+    Returns:
+        Sample indices per device, int64 [samples of the device].
+
+    Raises:
+        ValueError: A label has no row in `counts`.
+    """
+    rows, others = _sizes(labels, len(counts)), counts.sum(axis=0)
+    sizes = in_proportion(len(labels), others if np.ptp(others) > 1 else np.ones_like(others))
+    owners = _owners(labels, _whole(balanced(counts, rows, sizes), rows, sizes, rng), rng)
+    return _by_owner(labels, owners, len(sizes))
+
+
+def in_proportion(count: int, weights: np.ndarray) -> np.ndarray:
+    """`count` in parts in proportion to `weights`, by largest remainder, of equals the first; int64 [parts]."""
+    exact = count * weights / max(1, weights.sum())
+    parts: np.ndarray = np.floor(exact).astype(np.int64)
+    parts[np.argsort(parts - exact, kind="stable")[: count - parts.sum()]] += 1
+    return parts
+
+
+def balanced(counts: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """`counts` scaled by row and by column to given sums: nearly reached, and not exceeded.
+
+    Iterative proportional fitting (Deming and Stephan, 1940), of `counts` plus a millionth, so that there is a
+    solution whatever is zero. It stops when all columns are within half a sample, or after 100 rounds.
+
+    Args:
+        counts: Non-negative, [rows, columns].
+        rows: Wanted sums of the rows, [rows]; nothing counts as a millionth.
+        columns: Wanted sums of the columns, [columns], of the same total; nothing counts as a millionth.
+
+    Returns:
+        float64 [rows, columns].
+    """
+    table: np.ndarray = counts + 1e-6
+    rows, columns = np.maximum(rows, 1e-6), np.maximum(columns, 1e-6)
+    for _ in range(100):
+        table *= (rows / table.sum(axis=1))[:, None]
+        sums = table.sum(axis=0)
+        if np.abs(sums - columns).max() < 0.5:
+            break
+        table *= columns / sums
+    table *= (rows / table.sum(axis=1))[:, None]
+    table *= np.minimum(1, columns / table.sum(axis=0))
+    return table
+
+
+def unequal(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each label dealt to the devices by its shares, so that the devices differ in labels and in size.
+
+    With one label for all samples this is a skew of the sizes alone ("quantity").
+
+    Source: Yurochkin et al. (2019); Li et al. (2022). Departs from them in rounding at random rather than down,
+    and in drawing no second time where a device has too little: see `at_least`.
+
+    Args:
+        labels: Label of every sample, integers [samples] in [0, labels).
+        shares: Share of every label per device, [labels, devices], as from `proportions`.
+        rng: Source of the rounding, and of who gets which sample of a label.
+
+    Returns:
+        Sample indices per device, int64 [samples of the device]; some may be empty.
+
+    Raises:
+        ValueError: A label has no row in `shares`.
+    """
+    owners = _owners(labels, _rounded(shares, _sizes(labels, len(shares)), rng), rng)
+    return _by_owner(labels, owners, shares.shape[1])
+
+
+def shards(labels: np.ndarray, devices: int, per_device: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Few labels per device: the samples by label, cut into shards of equal size, of which a device gets some.
+
+    Source: McMahan et al. (2017), with 2 shards per device.
+
+    Args:
+        labels: Label of every sample, integers [samples].
+        devices: Number of devices, at least 1.
+        per_device: Shards of each device, at least 1; a device has no more labels than this, plus one for each
+            of its shards that ends one label and begins another.
+        rng: Source of the order within a label, and of who gets which shard.
+
+    Returns:
+        Sample indices per device, int64 [samples of the device]; sizes differ by at most `per_device`.
+
+    Raises:
+        ValueError: There is no device or no shard.
+    """
+    order = rng.permutation(len(labels))
+    cut = _cut(order[np.argsort(labels[order], kind="stable")], devices * per_device)
+    return [np.concatenate([cut[shard] for shard in own]) for own in _cut(rng.permutation(len(cut)), devices)]
+
+
+def natural(users: Sequence[str], names: Sequence[str]) -> list[np.ndarray]:
+    """The samples of each of the users `names`; those of others go to nobody.
+
+    Args:
+        users: Whose each sample is, [samples].
+        names: Users that are devices, each once.
+
+    Returns:
+        Sample indices per name, int64 [samples of the user], in their order; empty for one who has none.
+    """
+    rows: dict[str, list[int]] = {name: [] for name in names}
+    for row, user in enumerate(users):
+        if user in rows:
+            rows[user].append(row)
+    return [np.array(own, np.int64) for own in rows.values()]
+
+
+def at_least(parts: Sequence[np.ndarray], least: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Parts of at least `least` samples.
+
+    Part after part, one that has fewer takes samples, each drawn from the part that is then the largest, of equals the
+    first. What is taken from falls no lower than `least`.
+
+    Args:
+        parts: Sample indices per device.
+        least: Samples that every device shall have.
+        rng: Source of which samples move.
+
+    Returns:
+        Sample indices per device, int64 [samples of the device].
+
+    Raises:
+        ValueError: There are too few samples.
+    """
+    if sum(map(len, parts)) < least * len(parts):
+        raise ValueError(f"{sum(map(len, parts))} samples are too few for {len(parts)} parts of at least {least}")
+    dealt = [part.tolist() for part in parts]
+    largest = [(-len(part), place) for place, part in enumerate(dealt)]
+    heapq.heapify(largest)
+    for part in dealt:
+        while len(part) < least:
+            size, place = largest[0]
+            part.append(dealt[place].pop(rng.integers(-size)))
+            heapq.heapreplace(largest, (size + 1, place))
+    return [np.array(part, np.int64) for part in dealt]
+
+
+def mixes(labels: np.ndarray, parts: Sequence[np.ndarray], labels_count: int) -> np.ndarray:
+    """Samples of each label in each part, int64 [parts, labels_count]."""
+    return np.array([np.bincount(labels[part], minlength=labels_count) for part in parts], np.int64)
 
 
 def resource_correlated(
@@ -171,6 +328,36 @@ def _multinomial(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generato
     return rng.multinomial(_sizes(labels, len(shares)), shares)
 
 
+def _rounded(weights: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Samples of each label, [labels] `sizes`, in proportion to its row of `weights`, rounded at random to within one.
+
+    int64 [labels, columns].
+    """
+    ends = np.cumsum(weights, axis=1) / weights.sum(axis=1, keepdims=True)
+    cuts = np.minimum(np.floor(ends * sizes[:, None] + rng.random((len(sizes), 1))), sizes[:, None])
+    cuts[:, -1] = sizes  # whatever the last bits of `ends` are
+    counts: np.ndarray = np.diff(cuts.astype(np.int64), axis=1, prepend=0)
+    return counts
+
+
+def _whole(table: np.ndarray, rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers near `table` whose rows and columns have the sums `rows` and `columns`, int64 [rows, columns].
+
+    Rounded down, then up where the remainder is largest and both sums have room; what is left goes anywhere.
+    """
+    counts = np.floor(table).astype(np.int64)
+    short, room = (rows - counts.sum(axis=1)).tolist(), (columns - counts.sum(axis=0)).tolist()
+    rest = table - counts
+    places = rng.permutation(np.flatnonzero(rest > 1e-3))
+    places = places[np.argsort(-rest.ravel()[places], kind="stable")]
+    for row, column in zip(*(each.tolist() for each in np.unravel_index(places, table.shape)), strict=True):
+        if short[row] and room[column]:
+            counts[row, column] += 1
+            short[row], room[column] = short[row] - 1, room[column] - 1
+    np.add.at(counts, (np.repeat(np.arange(len(short)), short), np.repeat(np.arange(len(room)), room)), 1)
+    return counts
+
+
 def _owners(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Column that owns each sample, int64 [samples]; at random, but `counts` [labels, columns] hold."""
     order = rng.permutation(len(labels))
@@ -178,6 +365,12 @@ def _owners(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) ->
     owners = np.empty(len(labels), np.int64)
     owners[order] = np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.ravel())
     return owners
+
+
+def _by_owner(labels: np.ndarray, owners: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Sample indices of each owner, label by label."""
+    ends = np.cumsum(np.bincount(owners, minlength=parts))
+    return np.split(np.lexsort((labels, owners)), ends[:-1])
 
 
 def _cut(order: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -50,6 +50,9 @@ class Task:
         names: Name of each device: its role, or "device 7".
         scored: Positions at the end of a test example that count for the accuracy.
         digest: SHA-256 of the data and of who has what.
+        kinds: What makes devices differ: names of classes, roles, users or documents.
+        mix: Training examples of each kind that each device has, int64 [devices, kinds].
+        labels: Names of the classes, in the order of the targets; () where the targets are tokens.
     """
 
     train: Sequence[Shard]
@@ -57,3 +60,6 @@ class Task:
     names: Sequence[str]
     scored: int
     digest: str
+    kinds: tuple[str, ...]
+    mix: np.ndarray
+    labels: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from lamina import checkpoint
 from lamina.data import text as characters
 from lamina.errors import UserError
 from lamina.files import digest
-from lamina.model import Spec
+from lamina.spec import Spec
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,10 +34,7 @@ FILES = (TOKENIZER, *_ABOUT, _WORDS, _VOCAB, _MERGES, "chat_template.jinja")
 
 _PART = 1 << 17  # characters that are encoded at a time, where a text has a blank to cut it at
 _CUT = re.compile(r"(?<=\w) (?=\w)")
-_CONVERT = (
-    "write one with transformers: "
-    "`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` in Python"
-)
+_CONVERT = "write one with transformers: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` in Python"
 
 
 class Tokenizer(Protocol):
@@ -146,10 +143,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         if alphabet != characters.ALPHABET:
             raise UserError(f"network {folder.name} was trained on another alphabet than lamina.data.text.ALPHABET")
         return Characters()
-    config = _read_json(folder / checkpoint.CONFIG)
+    config = read_object(folder / checkpoint.CONFIG)
     about: dict[str, Any] = {}
     for name in _ABOUT:
-        about |= _read_json(folder / name) if (folder / name).is_file() else {}
+        about |= read_object(folder / name) if (folder / name).is_file() else {}
     try:
         inner = _inner(folder, config, about)
         inner.no_truncation()
@@ -199,11 +196,19 @@ def choose_tokenizer(spec: Spec, folder: Path, window: int) -> Tokenizer:
     return tokenizer
 
 
+def joined(pieces: Sequence[np.ndarray], vocab: int) -> np.ndarray:
+    """Token ids below `vocab` in one array, uint16 if they fit in it or else int32, [tokens]."""
+    return np.concatenate(pieces, dtype=np.uint16 if vocab <= 1 << 16 else np.int32, casting="unsafe")
+
+
 def _end(inner: tokenizers.Tokenizer, config: Mapping[str, Any], about: Mapping[str, Any]) -> int | None:
-    """Id of the token that ends a document: by its name, or else as config.json says."""
+    """Id of the token that ends a document: by its name, by its id in config.json, or as GPT-2 calls it."""
     named: int | None = inner.token_to_id(_special(about, "eos_token", ""))
+    if named is not None:
+        return named
     told = config.get("eos_token_id")
-    return named if named is not None or not isinstance(told, int) or inner.id_to_token(told) is None else told
+    known = isinstance(told, int) and inner.id_to_token(told) is not None
+    return told if known else inner.token_to_id("<|endoftext|>")
 
 
 def _inner(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -219,7 +224,9 @@ def _inner(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any]) ->
         return build(folder, about)
     models = sorted(path.name for path in folder.glob("*.model"))
     if models:
-        raise UserError(f"{folder} has a tokenizer of SentencePiece alone, {models[0]}; {TOKENIZER} is read: {_CONVERT}")
+        raise UserError(
+            f"{folder} has a tokenizer of SentencePiece alone, {models[0]}; {TOKENIZER} is read: {_CONVERT}"
+        )
     older = f" (or {' and '.join(needed)})" if needed else ""
     raise UserError(f"{folder} has no tokenizer: {TOKENIZER}{older} is missing; copy it there, or {_CONVERT}")
 
@@ -265,15 +272,14 @@ def _byte_level(folder: Path, about: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _byte_level_between(folder: Path, about: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """RoBERTa's tokenizer (Liu et al. 2019): GPT-2's, with a text between two special tokens."""
-    from tokenizers import AddedToken, processors
+    from tokenizers import processors
 
     inner = _byte_level(folder, about)
     cls, sep = _special(about, "cls_token", "<s>"), _special(about, "sep_token", "</s>")
     ids = inner.get_vocab()
     _demand_tokens(folder / _VOCAB, ids, [cls, sep])
-    mask = AddedToken(_special(about, "mask_token", "<mask>"), lstrip=True)
-    rest = [_special(about, key, default) for key, default in (("unk_token", "<unk>"), ("pad_token", "<pad>"))]
-    inner.add_special_tokens([name for name in (cls, sep, *rest, mask) if str(getattr(name, "content", name)) in ids])
+    rest = [_special(about, f"{key}_token", f"<{key}>") for key in ("unk", "pad", "mask")]
+    inner.add_special_tokens([name for name in (cls, sep, *rest) if name in ids])
     inner.post_processor = processors.RobertaProcessing(
         (sep, ids[sep]), (cls, ids[cls]), trim_offsets=True, add_prefix_space=bool(about.get("add_prefix_space", False))
     )
@@ -326,8 +332,12 @@ def _demand_tokens(path: Path, ids: Mapping[str, int], tokens: Sequence[str]) ->
         raise UserError(f"{path} has no token {missing[0]!r}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: There is none.
+    """
     try:
         value = json.loads(characters.decode_utf8(path.read_bytes(), path))
     except json.JSONDecodeError as error:

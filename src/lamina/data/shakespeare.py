@@ -16,70 +16,30 @@ from functools import cached_property
 from importlib import resources
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-from lamina.data import split
+from lamina import tokens
+from lamina.checkpoint import read_alphabet
+from lamina.data import split, windows
 from lamina.data.task import Task
 from lamina.data.text import ALPHABET, decode_utf8, encode, normalise, read_bytes
+from lamina.data.windows import Windows
 from lamina.errors import UserError
 from lamina.files import digest
+from lamina.spec import Spec
 from lamina.turn import generator
 
-if TYPE_CHECKING:
-    from lamina.job import Turn
-
 POOLED_DEVICES = 100  # devices of a split that pools the roles, as in CoCoFL (Pfeiffer et al., 2023)
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """The windows of one device, a view into a stream of characters.
-
-    Attributes:
-        ids: The stream, uint8 [characters]; the same array for every device of a task.
-        starts: First character of each window, int64 [windows].
-        window: Characters of a window; the target of the last one is the character after the window.
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    window: int
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return len(self.starts)
-
-    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, the same one character on, of the windows `rows`.
-
-        Args:
-            rows: Indices of windows, integers [rows].
-
-        Returns:
-            Token ids, int64 [rows, window] each.
-
-        Raises:
-            IndexError: There is no such window.
-        """
-        places = self.starts[rows][:, None] + np.arange(self.window + 1)
-        inputs, targets = self.ids[places[:, :-1]], self.ids[places[:, 1:]]
-        return inputs.astype(np.int64), targets.astype(np.int64)
-
-    def at(self, turn: Turn) -> Windows:
-        """The same in every turn."""
-        return self
 
 
 @dataclass(frozen=True)
 class Shakespeare:
     """The roles of Shakespeare's plays; the fields are the keys of [task].
 
-    A text of L characters has n = L - window LEAF windows (stride 1). The first floor(train_fraction n) are
-    for training, the next window - 1 overlap them and are skipped, the rest are for testing: no target of a
-    test window is a target of a training window. Roles with fewer than `min_windows` LEAF windows, or without
-    a training or a test window, are left out.
+    A role's text is cut as `lamina.data.windows` says. Roles with fewer than `min_windows` LEAF windows (stride 1), or
+    without a training or a test window, are left out.
 
     Attributes:
         path: A .json or .json.xz file of {"play|ROLE": text}. None: the 100 roles that come with lamina.
@@ -149,12 +109,39 @@ class Shakespeare:
             return self.devices
         return len(self._roles) if self.split == "role" else POOLED_DEVICES
 
-    def load(self, seed: int, groups: Sequence[int] | None = None) -> Task:
+    def fit(self, spec: Spec, folder: Path) -> Spec:
+        """The network as it is, if it can take the characters and the windows.
+
+        Args:
+            spec: Of the network in `folder`.
+            folder: Of the network.
+
+        Raises:
+            UserError: It cannot.
+        """
+        if spec.patch or not spec.causal or spec.labels:
+            raise UserError(f"network {folder.name} does not predict characters; name one that `lamina pretrain` made")
+        room = self.window if spec.rotary else spec.positions
+        if spec.vocab != self.vocabulary or room < self.window:
+            raise UserError(
+                f"network {folder.name} has {spec.vocab} symbols and {spec.positions} positions; the task needs "
+                f"{self.vocabulary} symbols and at least {self.window} positions"
+            )
+        if read_alphabet(folder) not in (None, ALPHABET):
+            raise UserError(f"network {folder.name} was trained on another alphabet than the task's")
+        return spec
+
+    def reads(self, folder: Path) -> str:
+        """Digest of what decides how texts become ids: the alphabet, the same for every network that fits."""
+        return tokens.Characters().digest
+
+    def load(self, seed: int, groups: Sequence[int] | None = None, folder: Path | None = None) -> Task:
         """The windows of every device.
 
         Args:
             seed: Decides which roles are drawn and who gets what; the same seed gives the same task.
             groups: Resource class of every device, [devices], from 0; used by split "resource" alone.
+            folder: Of a network; all that fit read the same.
 
         Returns:
             The task. Training and test windows of all devices share one stream of characters.
@@ -212,25 +199,18 @@ class Shakespeare:
         names = list(roles)
         return {names[row]: roles[names[row]] for row in sorted(rows)}
 
-    def _ends(self, characters: int) -> tuple[int, int]:
-        """Number of LEAF windows for training, and of all LEAF windows, of a text."""
-        count = characters - self.window
-        return max(1, int(self.train_fraction * count)), count
-
     def _long_enough(self, characters: int) -> bool:
         """Whether a text has enough windows, one for training and one for testing among them."""
-        train, count = self._ends(characters)
+        train, count = windows.ends(characters, self.window, self.train_fraction)
         return count >= self.min_windows and count > train + self.window - 1
 
     def _starts(self, lengths: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """First characters of the training and of the test windows, per role of `lengths` characters."""
         train, test = [], []
         for offset, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
-            train_count, count = self._ends(length)
-            train.append(offset + np.arange(0, train_count, self.stride))
-            starts = offset + np.arange(train_count + self.window - 1, count, self.scored)
-            kept = len(starts) if self.test_windows is None else min(self.test_windows, len(starts))
-            test.append(starts[np.arange(kept) * len(starts) // kept])
+            train.append(offset + windows.training(length, self.window, self.stride, self.train_fraction))
+            cut = (self.window, self.scored, self.train_fraction, self.test_windows)
+            test.append(offset + windows.testing(length, *cut))
         return train, test
 
     def _dealt(

@@ -68,6 +68,7 @@ class Task:
         kinds: What makes devices differ: names of classes, roles, users or documents.
         mix: Training examples of each kind that each device has, int64 [devices, kinds].
         labels: Names of the classes, in the order of the targets; () where the targets are tokens.
+        notes: What people should be told of it, such as how many texts were cut.
     """
 
     train: Sequence[Shard]
@@ -78,3 +79,4 @@ class Task:
     kinds: tuple[str, ...]
     mix: np.ndarray
     labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

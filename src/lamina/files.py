@@ -43,7 +43,7 @@ def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def digest(content: bytes) -> str:
+def digest(content: bytes | memoryview) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(content).hexdigest()
 

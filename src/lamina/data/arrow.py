@@ -1,0 +1,111 @@
+"""Folders that `datasets` saved (`save_to_disk`): sets with a column of images and one of class labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lamina.data.decoding import Encoded
+from lamina.data.formats import TESTS, Files, Source
+from lamina.errors import UserError, nearest
+
+_SLICE = 256  # rows read at a time
+
+
+@dataclass(frozen=True)
+class Column:
+    """The images of a column, read from disk as they are asked for.
+
+    Attributes:
+        table: A `datasets.Dataset` whose images are left encoded.
+        column: Name of the column.
+        where: The set, in messages.
+    """
+
+    table: Any
+    column: str
+    where: str
+
+    def __iter__(self) -> Iterator[Encoded]:
+        """The images in order.
+
+        Raises:
+            UserError: A row has none.
+        """
+        for start in range(0, len(self.table), _SLICE):
+            for row, cell in enumerate(self.table[start : start + _SLICE][self.column], start):
+                name = f"{self.where}: image {row}"
+                if not cell or not cell["bytes"]:
+                    raise UserError(f"{name} is missing: the column {self.column!r} must hold the files themselves")
+                yield Encoded(name, cell["bytes"])
+
+
+def saved(path: Path, label_column: str | None) -> Source | None:
+    """The set that `datasets` saved in a folder; None where it saved none.
+
+    Args:
+        path: The folder, of a Dataset or a DatasetDict.
+        label_column: Which column has the labels; None: the only one of class labels.
+
+    Raises:
+        UserError: `datasets` is not installed or cannot read it, or the columns are not what is needed.
+    """
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"reading {path} needs `datasets`; install it with: pip install 'lamina[datasets]'") from error
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged folder makes of it
+        raise UserError(f"{path} cannot be read by `datasets`: {type(error).__name__}: {error}") from error
+    parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    if "train" not in parts:
+        raise UserError(f"{path} has no training set; it has: {', '.join(parts)}")
+    train = parts["train"].features
+    image = _column(path, train, datasets.Image, "images", None)
+    label = _column(path, train, datasets.ClassLabel, "class labels", label_column)
+    test = next((part for part in TESTS if part in parts), None)
+    for part in ("train", test) if test else ("train",):
+        features = parts[part].features
+        if image not in features or label not in features or features[label] != train[label]:
+            raise UserError(
+                f"{path}: the columns {image!r} and {label!r} of the set {part!r} differ from the training set's"
+            )
+    files = {
+        part: _files(parts[part].cast_column(image, datasets.Image(decode=False)), image, label, f"{path}: {part}")
+        for part in ("train", test)
+        if part
+    }
+    return Source(tuple(train[label].names), files["train"], files[test] if test else None)
+
+
+def _column(path: Path, features: dict[str, Any], kind: type, what: str, wanted: str | None) -> str:
+    """The wanted column, or the only one of its kind."""
+    found = [name for name, each in features.items() if isinstance(each, kind)]
+    if wanted is not None and wanted not in found:
+        raise UserError(f"{path}: task.label_column = {wanted!r} is no column of {what}; {nearest(wanted, found)}")
+    if wanted is None and len(found) != 1:
+        cure = (
+            "keep one"
+            if kind.__name__ == "Image"
+            else "name it with task.label_column, or make one with `class_encode_column`"
+        )
+        raise UserError(
+            f"{path} must have one column of {what}, it has {len(found)} ({', '.join(found)}); {cure}; all columns:"
+            f" {', '.join(features)}"
+        )
+    return wanted or found[0]
+
+
+def _files(table: Any, image: str, label: str, where: str) -> Files:
+    """A set whose labels that are missing are -1."""
+    if not len(table):
+        raise UserError(f"{where}: there is no image")
+    labels = [-1 if each is None else each for each in table[label]]
+    return Files(Column(table.select_columns(image), image, where), np.array(labels, np.int64))

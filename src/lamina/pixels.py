@@ -1,4 +1,4 @@
-"""What a vision network takes: the mean and spread of its pixels, as preprocessor_config.json in its folder has them."""
+"""What a vision network takes: mean and spread of its pixels, as preprocessor_config.json in its folder has them."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ def read(folder: Path) -> Pixels:
         UserError: A file is not JSON, or a value in it is not one that images can be normalised with.
     """
     path, table = folder / FILE, _read(folder / FILE)
-    if table.get("do_normalize", True):
-        mean, std = (_numbers(path, table, key) for key in ("image_mean", "image_std"))
-    else:
-        mean, std = (0.0,), (1.0,)
+    mean, std = (_numbers(path, table, key) for key in ("image_mean", "image_std"))
+    if not table.get("do_normalize", True):
+        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
     # v * factor instead of v / 255 is the same as other means and standard deviations.
     factor = table.get("rescale_factor", 1 / 255) if table.get("do_rescale", True) else 1
     _demand(path, "rescale_factor", factor, _is_number(factor) and factor > 0, "a number above 0")
     _demand(path, "image_std", list(std), min(std) > 0, "above 0")
     channels = max(len(mean), len(std))
     if channels == 1:
-        channels = _read(folder / "config.json").get("num_channels", channels if "image_mean" in table else 3)
+        default = 1 if isinstance(table.get("image_mean"), list) else 3
+        channels = _read(folder / "config.json").get("num_channels", default)
         _demand(folder / "config.json", "num_channels", channels, type(channels) is int and channels > 0, "above 0")
     unit = 1.0 if math.isclose(255 * factor, 1) else 255 * factor
     mean, std = (tuple(value / unit for value in _spread(path, each, channels)) for each in (mean, std))
@@ -78,7 +78,7 @@ def read(folder: Path) -> Pixels:
 
 
 def write(folder: Path, pixels: Pixels) -> None:
-    """Write the file of a network that takes images of `pixels.size`; `transformers` reads it as a ViTImageProcessor."""
+    """Write the file of a network for images of side `pixels.size`; to `transformers` it is a ViTImageProcessor."""
     table = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

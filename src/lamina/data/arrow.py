@@ -68,8 +68,11 @@ def saved(path: Path, label_column: str | None) -> Source | None:
     if "train" not in parts:
         raise UserError(f"{path} has no training set; it has: {', '.join(parts)}")
     train = parts["train"].features
-    image = _column(path, train, datasets.Image, "images", None)
-    label = _column(path, train, datasets.ClassLabel, "class labels", label_column)
+    image = _only(train, datasets.Image, path, "images", "keep one")
+    cure = "name one with task.label_column, or make one with `class_encode_column`"
+    label = label_column or _only(train, datasets.ClassLabel, path, "class labels", cure)
+    if not isinstance(train.get(label), datasets.ClassLabel):
+        raise UserError(f"{path}: task.label_column = {label!r} is no column of class labels; {nearest(label, train)}")
     test = next((part for part in TESTS if part in parts), None)
     for part in ("train", test) if test else ("train",):
         features = parts[part].features
@@ -85,22 +88,14 @@ def saved(path: Path, label_column: str | None) -> Source | None:
     return Source(tuple(train[label].names), files["train"], files[test] if test else None)
 
 
-def _column(path: Path, features: dict[str, Any], kind: type, what: str, wanted: str | None) -> str:
-    """The wanted column, or the only one of its kind."""
+def _only(features: dict[str, Any], kind: type, path: Path, what: str, cure: str) -> str:
+    """The only column of a kind."""
     found = [name for name, each in features.items() if isinstance(each, kind)]
-    if wanted is not None and wanted not in found:
-        raise UserError(f"{path}: task.label_column = {wanted!r} is no column of {what}; {nearest(wanted, found)}")
-    if wanted is None and len(found) != 1:
-        cure = (
-            "keep one"
-            if kind.__name__ == "Image"
-            else "name it with task.label_column, or make one with `class_encode_column`"
-        )
+    if len(found) != 1:
         raise UserError(
-            f"{path} must have one column of {what}, it has {len(found)} ({', '.join(found)}); {cure}; all columns:"
-            f" {', '.join(features)}"
+            f"{path} must have one column of {what}, it has {len(found)} (of its columns {', '.join(features)}); {cure}"
         )
-    return wanted or found[0]
+    return found[0]
 
 
 def _files(table: Any, image: str, label: str, where: str) -> Files:

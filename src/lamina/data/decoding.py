@@ -186,7 +186,7 @@ def resize(images: np.ndarray, side: int) -> np.ndarray:
     squares = images[:, top : top + short, left : left + short]
     if short == side:
         return squares
-    pixels = torch.from_numpy(np.ascontiguousarray(squares)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.array(squares)).permute(0, 3, 1, 2)
     resized: np.ndarray = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).numpy()
     return resized.transpose(0, 2, 3, 1)
 

@@ -1,4 +1,4 @@
-"""Sets of images on disk: CIFAR's binary files, sheets, and folders of images; `lamina.data.arrow` has those of `datasets`."""
+"""Sets of images on disk: CIFAR's binary files, sheets, and folders of images. `lamina.data.arrow` has one more."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Records:
             content = np.frombuffer(_bytes(path), np.uint8)
             if len(content) == 0 or len(content) % length:
                 raise UserError(
-                    f"{path} is truncated, or of another kind: its {len(content)} bytes are no multiple of {length}, the"
-                    " size of a record"
+                    f"{path} is truncated, or of another kind: its {len(content)} bytes are no multiple of the"
+                    f" {length} of a record"
                 )
             files.append(content.reshape(-1, length))
         chunks = (
@@ -173,8 +173,8 @@ def cifar(path: Path, fine: bool) -> Source | None:
         return Source(names, train, test)
     if any((path / name).is_file() for name in ("data_batch_1", "train")):
         raise UserError(
-            f"{path} has CIFAR's python version, which is pickled: to read it is to run what it says; download the binary"
-            " version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz) and unpack it"
+            f"{path} has CIFAR's python version, which is pickled: to read it is to run what it says; take the binary"
+            " version (cifar-10-binary.tar.gz or cifar-100-binary.tar.gz), unpacked"
         )
     return None
 
@@ -191,21 +191,23 @@ def sheets(path: Path) -> Source | None:
     Raises:
         UserError: A file is missing or damaged.
     """
-    names_path = path.with_name(f"{path.name}_classes.json")
+    names_path = Path(f"{path}_classes.json")
     if not names_path.is_file():
         return None
     try:
         names = json.loads(names_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{names_path} cannot be read as JSON: {error}") from error
+    if isinstance(names, dict):
+        names = names.get("names")
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-        raise UserError(f"{names_path} must hold a list of the names of the classes")
+        raise UserError(f'{names_path} must hold a list of the names of the classes, or an object with it as "names"')
     found = {}
     for part in ("train", *TESTS):
         pattern = re.compile(rf"{re.escape(path.name)}_{part}_\d+({'|'.join(map(re.escape, ENDINGS))})")
         paths = sorted(each for each in path.parent.iterdir() if pattern.fullmatch(each.name))
         if paths:
-            found[part] = Sheets(tuple(paths), path.with_name(f"{path.name}_{part}_labels.npy"))
+            found[part] = Sheets(tuple(paths), Path(f"{path}_{part}_labels.npy"))
     if "train" not in found:
         raise UserError(f"there is no {path}_train_00.jpg (or {', '.join(ENDINGS)}) beside {names_path.name}")
     return Source(tuple(names), found["train"], next((found[part] for part in TESTS if part in found), None))
@@ -222,10 +224,10 @@ def folders(path: Path) -> Source | None:
     """
     parts = _subfolders(path)
     if "train" not in parts:
-        return Source(tuple(parts), _files(parts, tuple(parts)), None) if parts else None
-    train = _subfolders(parts["train"])
-    names, test = tuple(train), next((parts[part] for part in TESTS if part in parts), None)
-    return Source(names, _files(train, names), _files(_subfolders(test), names) if test else None)
+        return Source(tuple(parts), _files(path, tuple(parts)), None) if parts else None
+    names = tuple(_subfolders(parts["train"]))
+    test = next((parts[part] for part in TESTS if part in parts), None)
+    return Source(names, _files(parts["train"], names), _files(test, names) if test else None)
 
 
 def _subfolders(path: Path) -> dict[str, Path]:
@@ -233,11 +235,11 @@ def _subfolders(path: Path) -> dict[str, Path]:
     return {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and not each.name.startswith(".")}
 
 
-def _files(folders: dict[str, Path], names: tuple[str, ...]) -> Files:
+def _files(path: Path, names: tuple[str, ...]) -> Files:
     """The images in the folders of the classes and below, in the order of their paths; other files are left alone."""
     files: list[Encoded] = []
     labels: list[int] = []
-    for name, folder in folders.items():
+    for name, folder in _subfolders(path).items():
         if name not in names:
             raise UserError(f"{folder} is the folder of a class that has no training images")
         inside = (Path(at) / each for at, _, found in os.walk(folder) for each in found)
@@ -248,6 +250,8 @@ def _files(folders: dict[str, Path], names: tuple[str, ...]) -> Files:
             )
         files += [Encoded(str(each), each) for each in images]
         labels += [names.index(name)] * len(images)
+    if not files:
+        raise UserError(f"{path} has no images: there must be a sub-folder of them per class")
     return Files(files, np.array(labels, np.int64))
 
 

@@ -31,14 +31,14 @@ class Images(Album):
     Every class must have a training image.
 
     Attributes:
-        path: A folder with the binary version of CIFAR-10 or CIFAR-100 (Krizhevsky 2009); one that `datasets` saved; one
-            with a sub-folder of PNG, JPEG or WebP images per class, or with train/ and test/ (or val/) that have
-            these; or FOLDER/NAME for sheets: FOLDER/NAME_classes.json, NAME_train_00.jpg (images 50 in a row),
+        path: A folder with the binary version of CIFAR-10 or CIFAR-100 (Krizhevsky 2009); one that `datasets` saved;
+            one with a sub-folder of PNG, JPEG or WebP images per class, or with train/ and test/ (or val/) that
+            have these; or FOLDER/NAME for sheets: FOLDER/NAME_classes.json, NAME_train_00.jpg (images 50 in a row),
             NAME_train_labels.npy, and the same for test (or val).
         test_path: The test set, where it is elsewhere; in any of these formats.
         test_fraction: Part of each class that is held out, where there is no test set; the same for every seed.
-        size: Side that the middle square of every image is resized to, in pixels. None: the images stay as they are, and
-            must be squares of one size.
+        size: Side that the middle square of every image is resized to, in pixels. None: the images stay as they are,
+            and must be squares of one size.
         fine: Which labels of CIFAR-100's binary version count, its 100 classes or its 20 groups of classes.
         label_column: Column of labels of a folder that `datasets` saved. None: the only one of class labels.
 
@@ -133,8 +133,8 @@ def _checked(pictures: Pictures, names: tuple[str, ...], where: str) -> Pictures
     wrong = np.flatnonzero((pictures.labels < 0) | (pictures.labels >= len(names)))
     if len(wrong):
         raise UserError(
-            f"{len(wrong)} of the {len(pictures.labels)} images of {where} have no label of the {len(names)} classes; the"
-            f" first is image {wrong[0]} with label {pictures.labels[wrong[0]]}"
+            f"{len(wrong)} of the {len(pictures.labels)} images of {where} have no label of the {len(names)} classes;"
+            f" the first is image {wrong[0]} with label {pictures.labels[wrong[0]]}"
         )
     return pictures
 

@@ -142,7 +142,7 @@ class Album(Dealing):
             )
         if spec.channels != channels:
             raise UserError(
-                f"network {folder.name} takes {spec.channels} channels, {pixels.FILE} in its folder has means of {channels}"
+                f"network {folder.name} takes {spec.channels} channels; {pixels.FILE} in its folder is for {channels}"
             )
         pool = spec.pool or ("first" if spec.leads else "mean")
         return replace(spec, labels=len(self.classes()), pool=pool, head_bias=True)
@@ -217,4 +217,5 @@ def _moved(images: np.ndarray, rows: np.ndarray, moves: np.ndarray) -> np.ndarra
     places = (side - 1) - np.abs((side - 1) - np.abs(places))
     down, across = places[:, 0], np.where(moves[:, 2:], places[:, 1, ::-1], places[:, 1])
     at = (rows[:, None, None] * side + down[:, :, None]) * side + across[:, None, :]
-    return images.reshape(-1, channels).take(at, axis=0)
+    moved: np.ndarray = images.reshape(-1, channels).take(at, axis=0)
+    return moved

@@ -211,14 +211,14 @@ def test_a_column_of_labels_among_several(tmp_path: Path) -> None:
     made = table(TRAIN).add_column("even", [number % 2 for number in range(30)])
     made = made.cast_column("even", datasets.ClassLabel(names=["yes", "no"]))
     save(tmp_path / "a", train=made)
-    task = Images(path=str(tmp_path / "a"), label_column="even")
+    task = Images(path=str(tmp_path / "a"), label="even")
     assert task.classes() == ("yes", "no")
     assert np.bincount(np.concatenate([part.labels for part in task.read()])).tolist() == [15, 15]
-    assert "it has 2 (of its columns img, label, even); name one with task.label_column" in refusal(
+    assert "it has 2 (of its columns img, label, even); name one with task.label" in refusal(
         Images(path=str(tmp_path / "a")).classes
     )
-    assert "task.label_column = 'evn' is no column of class labels; did you mean 'even'?" in refusal(
-        Images(path=str(tmp_path / "a"), label_column="evn").classes
+    assert "task.label = 'evn' is no column of class labels; did you mean 'even'?" in refusal(
+        Images(path=str(tmp_path / "a"), label="evn").classes
     )
 
 
@@ -496,15 +496,15 @@ def test_damaged_folders_of_datasets(tmp_path: Path) -> None:
     save(tmp_path / "a", train=table(TRAIN))
     arrow = next((tmp_path / "a" / "train").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:100])
-    assert "a cannot be read by `datasets`: " in fails(tmp_path / "a")
+    assert "a cannot be read as a folder of the `datasets` library: " in fails(tmp_path / "a")
     save(tmp_path / "b", train=table(TRAIN).remove_columns("label"))
     assert "must have one column of class labels, it has 0 (of its columns img); name one" in fails(tmp_path / "b")
     save(tmp_path / "c", train=table(TRAIN).remove_columns("img"))
     assert "must have one column of images, it has 0 (of its columns label); keep one" in fails(tmp_path / "c")
     save(tmp_path / "d", test=table(TRAIN))
-    assert "has no training set; it has: test" in fails(tmp_path / "d")
+    assert "has no part 'train'; accepted: test" in fails(tmp_path / "d")
     save(tmp_path / "e", train=table(TRAIN), test=table(TEST, ["cat", "bird", "dog"]))
-    assert "columns 'img' and 'label' of the set 'test' differ from the training set's" in fails(tmp_path / "e")
+    assert "columns 'img' and 'label' of part 'test' differ from those of 'train'" in fails(tmp_path / "e")
     import datasets
 
     torn = table(TRAIN).cast_column("img", datasets.Image(decode=False)).to_dict()

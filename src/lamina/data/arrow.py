@@ -11,6 +11,7 @@ import numpy as np
 
 from lamina.data.decoding import Encoded
 from lamina.data.formats import TESTS, Files, Source
+from lamina.data.rows import is_saved, saved_tables
 from lamina.errors import UserError, nearest
 
 _SLICE = 256  # rows read at a time
@@ -44,41 +45,37 @@ class Column:
                 yield Encoded(name, cell["bytes"])
 
 
-def saved(path: Path, label_column: str | None) -> Source | None:
+def saved(path: Path, wanted: str | None) -> Source | None:
     """The set that `datasets` saved in a folder; None where it saved none.
 
     Args:
         path: The folder, of a Dataset or a DatasetDict.
-        label_column: Which column has the labels; None: the only one of class labels.
+        wanted: Column of the classes; None: the only one of class labels.
 
     Raises:
         UserError: `datasets` is not installed or cannot read it, or the columns are not what is needed.
     """
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if not is_saved(path):
         return None
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"reading {path} needs `datasets`; install it with: pip install 'lamina[datasets]'") from error
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a damaged folder makes of it
-        raise UserError(f"{path} cannot be read by `datasets`: {type(error).__name__}: {error}") from error
-    parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    parts = saved_tables(path)
+    import datasets
+
+    if "" in parts:
+        parts = {"train": parts[""]}
     if "train" not in parts:
-        raise UserError(f"{path} has no training set; it has: {', '.join(parts)}")
+        raise UserError(f"{path} has no part 'train'; {nearest('train', parts)}")
     train = parts["train"].features
     image = _only(train, datasets.Image, path, "images", "keep one")
-    cure = "name one with task.label_column, or make one with `class_encode_column`"
-    label = label_column or _only(train, datasets.ClassLabel, path, "class labels", cure)
+    cure = "name one with task.label, or make one with `class_encode_column`"
+    label = wanted or _only(train, datasets.ClassLabel, path, "class labels", cure)
     if not isinstance(train.get(label), datasets.ClassLabel):
-        raise UserError(f"{path}: task.label_column = {label!r} is no column of class labels; {nearest(label, train)}")
+        raise UserError(f"{path}: task.label = {label!r} is no column of class labels; {nearest(label, train)}")
     test = next((part for part in TESTS if part in parts), None)
     for part in ("train", test) if test else ("train",):
         features = parts[part].features
         if image not in features or label not in features or features[label] != train[label]:
             raise UserError(
-                f"{path}: the columns {image!r} and {label!r} of the set {part!r} differ from the training set's"
+                f"{path}: the columns {image!r} and {label!r} of part {part!r} differ from those of 'train'"
             )
     files = {
         part: _files(parts[part].cast_column(image, datasets.Image(decode=False)), image, label, f"{path}: {part}")

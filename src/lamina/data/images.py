@@ -12,7 +12,7 @@ import numpy as np
 from lamina.data.arrow import saved
 from lamina.data.dealing import demand
 from lamina.data.formats import Source, cifar, folders, sheets
-from lamina.data.pictures import Album, Pictures, hold_out
+from lamina.data.pictures import Album, Pictures, hold_out, listed
 from lamina.errors import UserError
 
 ACCEPTED = (
@@ -40,7 +40,7 @@ class Images(Album):
         size: Side that the middle square of every image is resized to, in pixels. None: the images stay as they are,
             and must be squares of one size.
         fine: Which labels of CIFAR-100's binary version count, its 100 classes or its 20 groups of classes.
-        label_column: Column of labels of a folder that `datasets` saved. None: the only one of class labels.
+        label: Column of the classes of a folder that `datasets` saved. None: the only one of class labels.
 
     Raises:
         UserError: A field is out of range.
@@ -51,7 +51,7 @@ class Images(Album):
     test_fraction: float = 0.2
     size: int | None = None
     fine: bool = True
-    label_column: str | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse fields that are out of range."""
@@ -77,11 +77,13 @@ class Images(Album):
         empty = [name for name, count in zip(names, _counts(train, names), strict=True) if not count]
         if empty:
             raise UserError(
-                f"{len(empty)} of the {len(names)} classes of {self.path} have no training image:"
-                f" {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
+                f"{len(empty)} of the {len(names)} classes of {self.path} have no training image: {listed(empty)}"
             )
         if self.test_path is None and source.test is None:
-            return hold_out(train, self.test_fraction)
+            train, test = hold_out(train, self.test_fraction)
+            if not len(test.labels):
+                raise UserError(f"task.test_fraction = {self.test_fraction} of {self.path} is no test image; raise it")
+            return train, test
         test = self._test(names, source)
         sides = train.images.shape[1], test.images.shape[1]
         if sides[0] != sides[1]:
@@ -99,7 +101,7 @@ class Images(Album):
         other = self._find(self.test_path)
         strange = [name for name in other.names if name not in names]
         if other.test or strange:
-            found = f"classes that {self.path} lacks: {', '.join(strange[:5])}" if strange else "two sets"
+            found = f"classes that {self.path} lacks: {listed(strange)}" if strange else "two sets"
             raise UserError(
                 f"task.test_path = {self.test_path!r} must have one set, of the same classes; it has {found}"
             )
@@ -115,7 +117,7 @@ class Images(Album):
         """The first format that fits."""
         path = Path(place)
         in_folders: tuple[Callable[[], Source | None], ...] = (
-            lambda: saved(path, self.label_column),
+            lambda: saved(path, self.label),
             lambda: cifar(path, self.fine),
             lambda: folders(path),
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from lamina import pixels
 from lamina.data import split
-from lamina.data.dealing import Dealing
+from lamina.data.dealing import Dealing, held_out
 from lamina.data.task import Task
 from lamina.errors import UserError
 from lamina.files import digest
@@ -19,7 +19,7 @@ from lamina.turn import generator
 
 if TYPE_CHECKING:
     from lamina.job import Turn
-    from lamina.model import Spec
+    from lamina.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +174,9 @@ class Album(Dealing):
         dealt = self.deal(train.labels, test.labels, seed, groups)
         shift = train.images.shape[1] // 8 if self.augment else 0
         flip = self.augment and self.flips
+        untested = [
+            name for name, count in zip(names, np.bincount(test.labels, minlength=len(names)), strict=True) if not count
+        ]
         parts = [train.images, train.labels, test.images, test.labels, *dealt.train, *dealt.test]
         return Task(
             train=tuple(Photos(train, rows, wanted, shift, flip) for rows in dealt.train),
@@ -184,21 +187,23 @@ class Album(Dealing):
             kinds=names,
             mix=split.mixes(train.labels, dealt.train, len(names)),
             labels=names,
+            notes=(f"{len(untested)} of {len(names)} classes have no test image: {listed(untested)}",)
+            if untested
+            else (),
         )
 
 
-def hold_out(pictures: Pictures, fraction: float) -> tuple[Pictures, Pictures]:
-    """The rest and the held-out part: the given fraction of each class, drawn once and for all, whatever the seed.
+def listed(names: Sequence[str]) -> str:
+    """The first names of many."""
+    return ", ".join([*names[:5], *["..."] * (len(names) > 5)])
 
-    Of a class with two images or more, at least one is on either side; a single one is in the rest.
-    """
-    held = np.zeros(len(pictures.labels), bool)
-    for label in np.unique(pictures.labels):
-        rows = np.flatnonzero(pictures.labels == label)
-        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-        held[generator("held out", label).permutation(rows)[:count]] = True
-    rest, apart = (Pictures(pictures.images[part], pictures.labels[part]) for part in (~held, held))
-    return rest, apart
+
+def hold_out(pictures: Pictures, fraction: float) -> tuple[Pictures, Pictures]:
+    """The rest and the held-out part: the given share of each class, the same for every seed."""
+    held = held_out(pictures.labels, fraction, generator("task", "held out"))
+    rest = np.setdiff1d(np.arange(len(pictures.labels)), held)
+    first, second = (Pictures(pictures.images[part], pictures.labels[part]) for part in (rest, held))
+    return first, second
 
 
 def _moved(images: np.ndarray, rows: np.ndarray, moves: np.ndarray) -> np.ndarray:

@@ -90,6 +90,16 @@ def read_alphabet(folder: Path) -> str | None:
     return None if alphabet is None else str(alphabet)
 
 
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """Names of the classes in the order of the outputs; none where config.json has none.
+
+    Raises:
+        UserError: As `read_spec`.
+    """
+    names = _read_config(folder).get("id2label") or {}
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():

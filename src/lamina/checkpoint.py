@@ -22,7 +22,7 @@ from lamina.errors import UserError
 from lamina.families import express, family_of
 from lamina.family import HEADLESS, Family, Place, labels
 from lamina.layout import Params
-from lamina.spec import Spec
+from lamina.spec import Spec, layout, spec_from_json
 
 WEIGHTS, CONFIG, OURS = weights.FILE, "config.json", "lamina.safetensors"
 

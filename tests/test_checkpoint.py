@@ -143,9 +143,9 @@ def test_a_config_that_is_no_json_object(folder: Path, content: bytes, says: str
     [
         (
             {"activation_function": "mish"},
-            "FOLDER/config.json: activation_function is 'mish'; accepted: gelu_new, gelu, gelu_pytorch_tanh, relu, silu, ",
+            "FOLDER/config.json: activation_function is 'mish'; accepted: gelu, gelu_new, gelu_pytorch_tanh, relu, silu, ",
         ),
-        ({"activation_function": None}, "FOLDER/config.json: activation_function is None; accepted: gelu_new, "),
+        ({"activation_function": None}, "FOLDER/config.json: activation_function is None; accepted: gelu, gelu_new, "),
         ({"model_type": "lama"}, "FOLDER/config.json: model_type is 'lama'; did you mean 'llama'? accepted: gpt2, "),
         ({"model_type": ...}, "FOLDER/config.json: model_type is None; accepted: gpt2, bert, "),
         ({"model_type": ["gpt2"]}, "FOLDER/config.json: model_type is ['gpt2']; "),

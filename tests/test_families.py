@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lamina import checkpoint, weights
+from lamina import checkpoint, model, weights
 from lamina.errors import UserError
 from lamina.families import FAMILIES, express
 from lamina.spec import Spec, layout
@@ -63,7 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"tie_word_embeddings": True, "num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-5},
     ),
-    "llama wide heads": ("LlamaForCausalLM", _LLAMA | {"head_dim": 4, "hidden_act": "gelu"}),
+    "llama wide heads": ("LlamaForCausalLM", _LLAMA | {"head_dim": 4}),
     "llama labels": ("LlamaForSequenceClassification", _LLAMA | _LABELS),
     "qwen2": ("Qwen2ForCausalLM", _LLAMA),
     "qwen2 tied": ("Qwen2ForCausalLM", _LLAMA | {"tie_word_embeddings": True}),
@@ -154,6 +155,49 @@ def test_written_without_a_source(name: str, tmp_path: Path) -> None:
     loaded, given = type(theirs).config_class.from_pretrained(tmp_path / "b"), theirs.config
     assert config_of(tmp_path / "b")["model_type"] == _FIRST.get(given.model_type, given.model_type)
     assert loaded.id2label == given.id2label or not spec.labels
+
+
+def batch(spec: Spec) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+    """Three inputs, texts of different lengths where the network sees them as a whole: for us, and for them."""
+    rng = np.random.default_rng(5)
+    if spec.patch:
+        images = rng.normal(size=(3, spec.channels, spec.image, spec.image)).astype(np.float32)
+        return images, {"pixel_values": torch.from_numpy(images)}
+    ids = rng.integers(5, spec.vocab, (3, 12))
+    if not spec.labels and spec.causal:
+        return ids, {"input_ids": torch.from_numpy(ids)}
+    inside = np.arange(12) < np.array([[12], [5], [9]])
+    pad = spec.first_position - 1 if spec.first_position else 0
+    given = {"input_ids": np.where(inside, ids, pad), "attention_mask": inside.astype(np.int64)}
+    return np.where(inside, ids, -1), {key: torch.from_numpy(value) for key, value in given.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_network_computes_what_theirs_does(name: str, tmp_path: Path) -> None:
+    theirs = make(tmp_path, name)
+    spec, params = checkpoint.load(tmp_path)
+    if spec.outputs:
+        inputs, given = batch(spec)
+        with torch.no_grad():
+            expected = theirs(**given).logits
+        got = model.forward(spec, params, model.batch(spec, inputs))
+        torch.testing.assert_close(got.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+        return
+    for pool in ("first", "mean"):  # seen through a head that changes nothing
+        seen = replace(spec, labels=spec.embed, pool=pool, pooler="" if pool == "mean" else spec.pooler)
+        inputs, given = batch(seen)
+        with torch.no_grad():
+            out = theirs(**given)
+        x_BSD = out.last_hidden_state
+        if pool == "first":
+            expected = out.pooler_output if spec.pooler else x_BSD[:, 0]
+        elif spec.patch:
+            expected = x_BSD[:, spec.before_patches :].mean(1)
+        else:
+            mask = given["attention_mask"][..., None]
+            expected = (x_BSD * mask).sum(1) / mask.sum(1)
+        got = model.forward(seen, params | {"head.weight": torch.eye(spec.embed)}, model.batch(seen, inputs))
+        torch.testing.assert_close(got[:, 0], expected, rtol=1e-5, atol=1e-5)
 
 
 # What the Hub holds besides
@@ -293,6 +337,7 @@ def test_missing_keys_are_what_they_are_in_transformers(tmp_path: Path) -> None:
             "rope_scaling.rope_type is 'linear'; this version",
         ),
         ("llama", {"num_key_value_heads": 4}, "num_attention_heads must be a multiple of num_key_value_heads; got"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; accepted: silu, swish"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True; this version runs False only"),
         ("mistral", {"sliding_window": ...}, "sliding_window is 4096; this version runs None only"),
         ("mistral", {"vocab_size": 1 << 40}, "vocab_size is 1099511627776; accepted: at most 16777216"),

@@ -13,13 +13,12 @@ from lamina.family import Config, Family, Head, Key, shown
 from lamina.spec import LINEARS, Spec
 
 _QKV = ("attn.q", "attn.k", "attn.v")
-_ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
-_ACTS |= {"gelu_python": "gelu", "swish": "silu"}
+_SILU = {"silu": "silu", "swish": "silu"}
+_ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"} | _SILU
 
 
-def _act(name: str, default: str) -> Key:
-    first = {default: _ACTS[default]} if default != "gelu" else {}  # of the two tanh-GELUs, the family's own
-    return Key(name, "act", default, values=first | _ACTS)
+def _act(name: str, default: str, values: Mapping[str, str] = _ACTS) -> Key:
+    return Key(name, "act", default, values=values)
 
 
 def _eps(name: str, default: float) -> Key:
@@ -130,7 +129,7 @@ def _llama(name: str, stem: str, positions: int, *keys: Key, **fields: Any) -> F
         name=name,
         prefix="model.",
         keys=(
-            _act("hidden_act", "silu"),
+            _act("hidden_act", "silu", _SILU),
             Key("num_hidden_layers", "blocks"),
             Key("hidden_size", "embed"),
             Key("num_attention_heads", "heads"),

@@ -88,7 +88,7 @@ class Key:
         """Whether a config has this value of the network already."""
         try:
             return bool(self.read(config, asdict(spec)) == getattr(spec, self.field))
-        except (KeyError, UserError, ValueError, TypeError, OverflowError):
+        except (KeyError, UserError, ValueError, TypeError, ArithmeticError):
             return False
 
 
@@ -211,7 +211,7 @@ class Family:
                     made[key.name] = key.write(spec)
             whole = dict(base) | made
             expressed = replace(self.spec(whole), **HEADLESS) == replace(spec, **HEADLESS)
-        except (KeyError, UserError, ValueError, TypeError, StopIteration):
+        except (KeyError, UserError, ValueError, TypeError, ArithmeticError, StopIteration):
             return None
         return whole if expressed else None
 

@@ -4,9 +4,10 @@ from lamina.data.digits import Digits
 from lamina.data.images import Images
 from lamina.data.shakespeare import Shakespeare
 from lamina.data.streams import Text
+from lamina.data.task import TaskTable
 from lamina.data.texts import TextClassification
 
-TASKS = {
+TASKS: dict[str, type[TaskTable]] = {
     "shakespeare": Shakespeare,
     "text": Text,
     "text-classification": TextClassification,

@@ -276,7 +276,9 @@ class Patches(torch.autograd.Function):
         ctx.weight_shape = weight.shape
         counts = [0 if each is None else len(each) for each in (leads, registers)]
         ctx.counts = counts
-        with torch.autocast(pixels_BCYX.device.type, enabled=False):  # the residual stream begins in the weights' precision
+        with torch.autocast(
+            pixels_BCYX.device.type, enabled=False
+        ):  # the residual stream begins in the weights' precision
             patches_BND = F.linear(unfolded(pixels_BCYX, weight.shape[-1]), weight.flatten(1), bias)
         batch, number, width = patches_BND.shape
         out_BSD = patches_BND.new_empty(batch, number + sum(counts), width)

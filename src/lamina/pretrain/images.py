@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,7 +52,9 @@ class PretrainImages(Pretrain):
         (train, test), names = found.read(), found.classes()
         side = train.images.shape[1]
         if side % self.patch:
-            raise UserError(f"{self.images}: the side of the images, {side} pixels, is no multiple of patch ({self.patch})")
+            raise UserError(
+                f"{self.images}: the side of its images, {side} pixels, is no multiple of patch = {self.patch}"
+            )
         return Gallery(self, train, test, names, device)
 
 
@@ -66,17 +70,24 @@ class ImageProgress(Progress):
     val_top1: float
     images_per_second: float
 
+    def told(self) -> str:
+        """What else was measured, in words."""
+        return f"top-1 {self.val_top1:.2%}, {self.images_per_second:,.0f} images/s"
+
 
 class Gallery(Material):
     """Images and their classes, on the device that trains."""
+
+    point, unit = ImageProgress, "images"
 
     def __init__(
         self, job: PretrainImages, train: Pictures, val: Pictures, names: tuple[str, ...], device: torch.device
     ) -> None:
         """Copy the images to the device, as bytes."""
         self.job, self.names = job, names
-        side, channels = train.images.shape[2:]
-        self.pixels = _pixels(train.images)
+        side, channels = train.images.shape[1], max(part.images.shape[3] for part in (train, val))
+        self.pixels = _pixels(train.images, channels)
+        self.batch_units, self.val_units = job.batch_size, len(val.labels)
         self.facts = {
             "images_sha256": _digest(train, val),
             "train_images": len(train.labels),
@@ -91,7 +102,7 @@ class Gallery(Material):
 
     def spec(self, depth: int) -> Spec:
         """Sizes of the network of one depth; the epsilon is that of `transformers`' ViT."""
-        job, (side, channels) = self.job, self._train[0].shape[2:]
+        job, side = self.job, self.pixels.size
         return Spec(
             blocks=depth,
             embed=job.embed,
@@ -105,7 +116,7 @@ class Gallery(Material):
             causal=False,
             patch=job.patch,
             image=side,
-            channels=channels,
+            channels=len(self.pixels.mean),
             leads=1,
             labels=len(self.names),
             pool="first",
@@ -128,13 +139,13 @@ class Gallery(Material):
         rows = np.empty(size, np.int64)
         for epoch in range(places[0] // count, places[-1] // count + 1):
             here = places // count == epoch
-            order = generator(self.job.seed, "epoch", depth, epoch).permutation(count)
-            rows[here] = order[places[here] % count]
+            rows[here] = _order(self.job.seed, depth, epoch, count)[places[here] % count]
         return rows
 
     def _normalised(self, images: Tensor) -> Tensor:
         """uint8 BYXC -> float32 BCYX, (value / 255 - mean) / std."""
-        mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in (self.pixels.mean, self.pixels.std))
+        known = self.pixels
+        mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in (known.mean, known.std))
         return (images.permute(0, 3, 1, 2) / 255 - mean) / std
 
     @torch.no_grad()
@@ -144,16 +155,11 @@ class Gallery(Material):
         count = len(labels) if whole else min(len(labels), _QUICK_IMAGES)
         chosen = torch.from_numpy(np.linspace(0, len(labels), count, endpoint=False).astype(np.int64)).to(labels.device)
         loss, right = 0.0, 0
-        for rows in chosen.split(batch):
+        for rows in torch.split(chosen, batch):
             found, wanted = logits(spec, params, self._normalised(images[rows]), "fp32"), labels[rows, None]
             loss += TORCH.cross_entropy(found, wanted).item() * len(rows)
             right += int((found.argmax(-1) == wanted).sum())
-        return {"loss": loss / count, "top1": right / count}
-
-    def progress(self, scores: dict[str, float], batches_per_second: float, **fields: float) -> ImageProgress:
-        """The point of what was measured."""
-        speed = batches_per_second * self.job.batch_size
-        return ImageProgress(**fields, val_loss=scores["loss"], val_top1=scores["top1"], images_per_second=speed)  # type: ignore[arg-type]
+        return {"val_loss": loss / count, "val_top1": right / count}
 
     def write(self, folder: Path, spec: Spec, half: Params) -> None:
         """Write the network with the names of its classes, and beside it how it wants its pixels."""
@@ -162,15 +168,21 @@ class Gallery(Material):
         id2label = {str(i): name for name, i in label2id.items()}
         checkpoint.write(folder, spec, half, torch.float16, {"id2label": id2label, "label2id": label2id})
 
-    def held_out_count(self) -> dict[str, int]:
-        """How many images validate."""
-        return {"val_images": len(self._val[1])}
+
+@lru_cache(maxsize=2)
+def _order(seed: int, depth: int, epoch: int, count: int) -> np.ndarray:
+    """The images of an epoch, int64 [count]."""
+    return generator(seed, "epoch", depth, epoch).permutation(count)
 
 
-def _pixels(images: np.ndarray) -> Pixels:
-    """Mean and standard deviation of each channel of evenly spaced images, to four digits."""
-    some = images[np.linspace(0, len(images), min(len(images), _MOMENT_IMAGES), endpoint=False).astype(int)] / 255
-    mean, std = (tuple(round(float(value), 4) for value in each) for each in (some.mean((0, 1, 2)), some.std((0, 1, 2))))
+def _pixels(images: np.ndarray, channels: int) -> Pixels:
+    """Mean and standard deviation of each channel of evenly spaced images, to four digits; grey counts for all."""
+    some = images[np.linspace(0, len(images), min(len(images), _MOMENT_IMAGES), endpoint=False).astype(int)]
+    values = np.arange(256) / 255
+    shares = [np.bincount(some[..., at].reshape(-1), minlength=256) / some[..., at].size for at in range(some.shape[3])]
+    means = [float(share @ values) for share in shares]
+    stds = [math.sqrt(share @ (values - mean) ** 2) for share, mean in zip(shares, means, strict=True)]
+    mean, std = (tuple(round(value, 4) for value in each) * (channels // len(each)) for each in (means, stds))
     return Pixels(mean, std, images.shape[1])
 
 

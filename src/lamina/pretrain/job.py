@@ -116,15 +116,27 @@ class Progress:
     train_loss: float
     val_loss: float
 
+    def told(self) -> str:
+        """What else was measured, in words."""
+        raise NotImplementedError
+
 
 class Material(ABC):
     """What is learned from.
 
     Attributes:
+        point: What a validation point is.
+        unit: What is counted, in the plural.
         facts: What was read, for the recipe.
+        batch_units: Units in a batch.
+        val_units: Units in all validation examples.
     """
 
+    point: ClassVar[type[Progress]]
+    unit: ClassVar[str]
     facts: dict[str, object]
+    batch_units: int
+    val_units: int
 
     @abstractmethod
     def spec(self, depth: int) -> Spec:
@@ -132,23 +144,15 @@ class Material(ABC):
 
     @abstractmethod
     def batch(self, depth: int, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step of training; a function of the two numbers and the job's seed."""
+        """Inputs and targets of a step of training: a function of the two numbers and of the job's seed."""
 
     @abstractmethod
     def validate(self, spec: Spec, params: Params, whole: bool) -> dict[str, float]:
-        """Scores on the validation examples, `loss` among them; unless `whole`, on some that stand for all."""
-
-    @abstractmethod
-    def progress(self, scores: dict[str, float], batches_per_second: float, **fields: float) -> Progress:
-        """The point of what was measured."""
+        """Scores on the validation examples, by their names in `point`; unless `whole`, on some that stand for all."""
 
     @abstractmethod
     def write(self, folder: Path, spec: Spec, half: Params) -> None:
         """Write the network, 16-bit, as a Hugging Face folder."""
-
-    @abstractmethod
-    def held_out_count(self) -> dict[str, int]:
-        """How much all the validation examples are."""
 
 
 def logits(spec: Spec, params: Params, inputs: Tensor, precision: str) -> Tensor:

@@ -86,10 +86,10 @@ def _train_depth(
         optimizer.zero_grad()
         losses.append(loss.item())
         if (step + 1) % job.checkpoint_every == 0 or step + 1 == steps:
-            speed = len(losses) / (time.perf_counter() - tick)
+            speed = len(losses) * material.batch_units / (time.perf_counter() - tick)
             scores = material.validate(spec, params, whole=step + 1 == steps)
-            train_loss = sum(losses) / len(losses)
-            point = material.progress(scores, speed, depth=depth, step=step + 1, steps=steps, train_loss=train_loss)
+            scores[f"{material.unit}_per_second"] = speed
+            point = material.point(depth, step + 1, steps, sum(losses) / len(losses), **scores)
             curve, losses = [*curve, asdict(point)], []
             _save_state(folder, params, optimizer, step + 1, curve, recipe)
             yield point
@@ -167,13 +167,11 @@ def _finish(
     recipe: dict[str, object],
 ) -> None:
     half = {name: p.detach().half().float() for name, p in params.items()}
-    scores = material.validate(spec, half, whole=True)
-    last = curve[-1]
-    report: dict[str, object] = {"recipe": recipe, "depth": spec.blocks, "val_loss_nats": last["val_loss"]}
-    report["val_loss_nats_fp16_weights"] = scores.pop("loss")
-    for name, score in scores.items():
-        report |= {f"val_{name}": last[f"val_{name}"], f"val_{name}_fp16_weights": score}
-    report |= material.held_out_count() | {"torch": torch.__version__, "curve": curve}
+    report: dict[str, object] = {"recipe": recipe, "depth": spec.blocks}
+    for name, score in material.validate(spec, half, whole=True).items():
+        key = "val_loss_nats" if name == "val_loss" else name
+        report |= {key: curve[-1][name], f"{key}_fp16_weights": score}
+    report |= {f"val_{material.unit}": material.val_units, "torch": torch.__version__, "curve": curve}
     files.write_json(folder / REPORT, report)
     material.write(folder, spec, {name: p.cpu() for name, p in half.items()})
     (folder / _STATE).unlink(missing_ok=True)

@@ -59,15 +59,22 @@ class TextProgress(Progress):
 
     characters_per_second: float
 
+    def told(self) -> str:
+        """What else was measured, in words."""
+        return f"{self.characters_per_second:,.0f} characters/s"
+
 
 class Text(Material):
     """Text as ids; the device gets a batch at a time."""
+
+    point, unit = TextProgress, "characters"
 
     def __init__(self, job: PretrainText, ids: np.ndarray, device: torch.device) -> None:
         """Hold a part of it out."""
         self.job, self.device = job, device
         self.facts = {"text_sha256": hashlib.sha256(ids.tobytes()).hexdigest(), "characters": len(ids)}
         self.train_ids, self.val_ids = held_out(ids)
+        self.batch_units, self.val_units = job.batch_size * job.positions, len(self.val_ids)
 
     def spec(self, depth: int) -> Spec:
         """Sizes of the network of one depth."""
@@ -92,20 +99,11 @@ class Text(Material):
     def validate(self, spec: Spec, params: Params, whole: bool) -> dict[str, float]:
         """Mean loss in nats per character, of evenly spaced windows or of all."""
         windows = None if whole else _QUICK_WINDOWS
-        return {"loss": validate(spec, params, self.val_ids, self.job.positions, windows)}
-
-    def progress(self, scores: dict[str, float], batches_per_second: float, **fields: float) -> TextProgress:
-        """The point of what was measured."""
-        speed = batches_per_second * self.job.batch_size * self.job.positions
-        return TextProgress(**fields, val_loss=scores["loss"], characters_per_second=speed)  # type: ignore[arg-type]
+        return {"val_loss": validate(spec, params, self.val_ids, self.job.positions, windows)}
 
     def write(self, folder: Path, spec: Spec, half: Params) -> None:
         """Write the network with its alphabet."""
         checkpoint.write(folder, spec, half, torch.float16, {"alphabet": ALPHABET})
-
-    def held_out_count(self) -> dict[str, int]:
-        """How many characters validate."""
-        return {"val_characters": len(self.val_ids)}
 
 
 def held_out(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

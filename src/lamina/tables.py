@@ -15,7 +15,7 @@ from lamina.units import human
 _BAR = 28
 _KINDS = {
     "mean_over_devices": "mean over devices",
-    "weighted": "weighted by characters",
+    "weighted": "weighted by predictions",
     "p10": "10th percentile",
 }
 

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from lamina.data.shakespeare import Shakespeare, Windows, read_roles
+from lamina.data.shakespeare import Shakespeare, read_roles
 from lamina.data.task import Shard, Task
 from lamina.data.text import decode, encode
+from lamina.data.windows import Windows
 from lamina.errors import UserError
 from lamina.turn import generator
 

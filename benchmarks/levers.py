@@ -28,9 +28,9 @@ from lamina.job import Local, Turn
 from lamina.levers import Levers
 from lamina.measure import measure, work
 from lamina.methods import METHODS
-from lamina.model import Spec
 from lamina.plan import Plan
 from lamina.run import environment
+from lamina.spec import Spec
 
 BLOCKS, EMBED, HEADS, TOKENS, BATCH = 12, 256, 8, 128, 8
 EXACT = {"chunked_loss": True, "fused_update": True, "prefix_cache": "disk", "recompute": True}

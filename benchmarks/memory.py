@@ -25,9 +25,9 @@ from lamina.job import Local, Turn
 from lamina.levers import Levers
 from lamina.measure import watch
 from lamina.methods import METHODS
-from lamina.model import Spec
 from lamina.plan import Plan
 from lamina.run import environment
+from lamina.spec import Spec
 from lamina.turn import generator
 
 GRID: dict[str, tuple[Any, ...]] = {

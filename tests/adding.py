@@ -16,9 +16,9 @@ from torch import Tensor
 from lamina.job import Job, Turn, Update
 from lamina.layout import Params
 from lamina.methods import Method
-from lamina.model import Spec
 from lamina.plan import Plan, Vote
 from lamina.planner import Fleet
+from lamina.spec import Spec
 
 SPEC = spec(2)
 SERVER = Turn(seed=0, round=0, rounds=10)

@@ -28,9 +28,9 @@ from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask
 from lamina.methods.slora import SLora
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
-from lamina.model import Spec
 from lamina.run import Run, start
 from lamina.server import DeviceRow, play_round
+from lamina.spec import Spec
 from lamina.state import State
 from lamina.turn import generator
 

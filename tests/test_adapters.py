@@ -27,7 +27,7 @@ from lamina import checkpoint, model
 from lamina.methods import Method, to_table
 from lamina.methods.adapters import Adapters
 from lamina.methods.lora import FedLora
-from lamina.model import Spec
+from lamina.spec import Spec, spec_from_json
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_run_with_adapters_hands_out_network_and_adapters(world: Table, tmp_pa
     base, params = checkpoint.load(folder)
     assert base == replace(network, adapter=0)
     with safe_open(folder / checkpoint.OURS, "pt") as file:
-        assert model.spec_from_json(json.loads(file.metadata()["spec"])) == network
+        assert spec_from_json(json.loads(file.metadata()["spec"])) == network
         beside = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert beside.keys() == {name for name in run.state.params if ".adapter" in name}
     assert bits(params | beside) == bits(run.state.params)

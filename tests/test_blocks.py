@@ -22,9 +22,9 @@ from lamina.job import Job, Local, Turn
 from lamina.layout import Params
 from lamina.levers import Levers
 from lamina.methods.blocks import Alf, Caff, CocoFl, FedRa
-from lamina.model import Spec
 from lamina.plan import Plan, Vote, narrow
 from lamina.planner import Fleet, choose_plan
+from lamina.spec import Lora, Spec
 
 SPEC = spec(3)
 LAYOUT = model.layout(SPEC)
@@ -474,7 +474,7 @@ def test_low_rank_matrices_count_as_they_are_unless_told_otherwise(settings: Tab
     lora = FedRa(**settings).adapt(SPEC).lora
     assert lora and lora.alpha / lora.rank == scale
     assert lora.rank == settings.get("rank", 8)
-    assert FedRa(targets="qv").adapt(SPEC).lora == model.Lora(8, 8.0, ("attn.q", "attn.v"))
+    assert FedRa(targets="qv").adapt(SPEC).lora == Lora(8, 8.0, ("attn.q", "attn.v"))
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": -1.0}], ids=str)

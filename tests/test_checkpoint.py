@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lamina import checkpoint, model, networks
 from lamina.errors import UserError
 from lamina.layout import Params
-from lamina.model import Lora, Spec
+from lamina.spec import LINEARS, Lora, Spec
 
 RandomParams = Callable[[Spec, int], Params]
 
@@ -77,7 +77,7 @@ def test_half_precision_rounds_once(tmp_path: Path, tiny: Spec, random_params: R
 
 
 def test_low_rank_additions_are_merged_when_written(tmp_path: Path, tiny: Spec, random_params: RandomParams) -> None:
-    spec = replace(tiny, lora=Lora(2, 4.0, model.LINEARS))
+    spec = replace(tiny, lora=Lora(2, 4.0, LINEARS))
     params = random_params(spec, 0)
     checkpoint.write(tmp_path, spec, params, torch.float32, {})
     found, loaded = checkpoint.load(tmp_path)

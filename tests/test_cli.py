@@ -12,7 +12,7 @@ from support import Table, begin, lines, memory, outcome, write_world
 
 from lamina import cli, config, files, run, server, tables
 from lamina.errors import UserError
-from lamina.experiment import look_ahead
+from lamina.experiment import load_task, look_ahead
 from lamina.explain import explain
 from lamina.levers import EXACT, NAMES
 from lamina.methods import METHODS
@@ -334,7 +334,32 @@ def test_what_cannot_be_explained(flags: list[str], file: Path, lamina: Call) ->
     )
     one_line(lamina("plan", file, "--why", "zzz", *flags), "no fleet class 'zzz'; accepted: strong, weak")
     one_line(lamina("plan", file, "--why", "weak", "--measure", *flags), "take one of them")
+    one_line(lamina("plan", file, "--why", "weak", "--data", *flags), "take one of them")
     one_line(lamina("plan", file, "--why", "", *flags), "no fleet class ''; accepted: strong, weak")
+
+
+@pytest.mark.parametrize("split", ["role", "dirichlet"])
+def test_plan_shows_the_data(split: str, file: Path, lamina: Call) -> None:
+    settings = ("--set", f"task.split={split}")
+    code, out, err = lamina("plan", file, "--data", "--json", *settings)
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert list(found) == ["schema", "network", "classes", "data"]
+    data, experiment = found["data"], config.load_experiment(file, [f"task.split={split}"])
+    task = load_task(experiment)
+    assert list(data) == ["kinds", "examples", "test_examples", "classes", "devices"]
+    assert [device["name"] for device in data["devices"]] == list(task.names)
+    assert [device["examples"] for device in data["devices"]] == list(map(len, task.train))
+    assert [device["test_examples"] for device in data["devices"]] == list(map(len, task.test))
+    assert [sum(device["mix"].values()) for device in data["devices"]] == list(map(len, task.train))
+    if split == "role":
+        assert [list(device["mix"]) for device in data["devices"]] == [[name] for name in task.names]
+    assert [each["devices"] for each in data["classes"]] == [each["devices"] for each in found["classes"]]
+    code, out, err = lamina("plan", file, "--data", *settings)
+    assert (code, err) == (0, "")
+    assert f"Data: 6 devices, {len(data['kinds'])} kinds" in out
+    assert out.count("▏") >= out.count("▕") == 6
+    assert "data" not in json.loads(lamina("plan", file, "--json", *settings)[1])
 
 
 @pytest.mark.parametrize("name", ["[red]weak", "[/weak]"])

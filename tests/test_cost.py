@@ -22,10 +22,10 @@ from lamina.cost import Cost, cost
 from lamina.job import Job, Local, Turn
 from lamina.layout import Axis, Params
 from lamina.measure import measure, watch
-from lamina.model import Lora, Spec
 from lamina.ops import TORCH, Ops
 from lamina.plan import Keep, Plan, narrow
 from lamina.shapes import FLOAT_BYTES, INDEX_BYTES
+from lamina.spec import LINEARS, Lora, Spec
 
 Kind = Literal["suffix", "lora all", "lora qv"]
 KINDS: tuple[Kind, ...] = ("suffix", "lora all", "lora qv")
@@ -51,9 +51,12 @@ class Noise:
         ids = np.random.default_rng(0).integers(0, self.spec.vocab, (self.examples, TOKENS + 1))[rows]
         return ids[:, :-1].copy(), ids[:, 1:].copy()
 
+    def at(self, turn: Turn) -> Noise:
+        return self
+
 
 def adapted(spec: Spec, kind: Kind) -> Spec:
-    targets = {"suffix": (), "lora all": model.LINEARS, "lora qv": ("attn.q", "attn.v")}[kind]
+    targets = {"suffix": (), "lora all": LINEARS, "lora qv": ("attn.q", "attn.v")}[kind]
     return replace(spec, lora=Lora(2, 4.0, targets)) if targets else spec
 
 
@@ -184,10 +187,12 @@ def test_the_client_keeps_nothing_of_frozen_blocks(kind: Kind, trained: int, mon
     job = make_job(spec, tail_plan(spec, trained))
     run_blocks, kept_in = model.run_blocks, dict.fromkeys(range(4), 0)
 
-    def watched(spec: Spec, params: Params, x_BSD: Tensor, blocks: Iterable[int], ops: Ops = TORCH) -> Tensor:
+    def watched(
+        spec: Spec, params: Params, x_BSD: Tensor, blocks: Iterable[int], ops: Ops = TORCH, hides: Tensor | None = None
+    ) -> Tensor:
         for i in blocks:
             before = len(kept)
-            x_BSD = run_blocks(spec, params, x_BSD, [i], ops)
+            x_BSD = run_blocks(spec, params, x_BSD, [i], ops, hides)
             kept_in[i] += len(kept) - before
         return x_BSD
 

@@ -27,10 +27,10 @@ from lamina.levers import Levers
 from lamina.methods import Method, to_table
 from lamina.methods.depth import DepthFL, ProgFed, Slt, first_blocks
 from lamina.methods.full import FedAvg
-from lamina.model import Spec
 from lamina.plan import Plan, Vote, narrow
 from lamina.planner import Fleet
 from lamina.run import Run
+from lamina.spec import Spec
 
 SGD = Local(lr=1.0, optimizer="sgd", steps=1, batch_size=5)
 
@@ -82,9 +82,9 @@ def written_out(network: Spec, params: Mapping[str, Tensor], batch: Tensor, ramp
     for i in model.found_blocks(network, params):
         x = model.run_blocks(network, params, x, [i])
         if f"exit.{i}.head.weight" in params:
-            logs.append(model.head(network, params, x, at=i).log_softmax(-1).flatten(0, 1))
+            logs.append(model.Output(x, i, params).logits(network).log_softmax(-1).flatten(0, 1))
     if "head.weight" in params:
-        logs.append(model.head(network, params, x).log_softmax(-1).flatten(0, 1))
+        logs.append(model.Output(x, network.blocks, params).logits(network).log_softmax(-1).flatten(0, 1))
     loss = sum((F.nll_loss(each, targets.flatten()) for each in logs), torch.zeros((), dtype=x.dtype))
     for i, student in enumerate(logs):
         for j, teacher in enumerate(logs):
@@ -265,7 +265,7 @@ def test_depthfl_predicts_with_the_mean_of_its_exits(world: Table, tmp_path: Pat
     heads, x = [], model.embed(network, params, ids)
     for i in range(4):
         x = model.run_blocks(network, params, x, [i])
-        heads.append(model.head(network, params, x, at=i if i < 3 else None))
+        heads.append(model.Output(x, i if i < 3 else network.blocks, params).logits(network))
     torch.testing.assert_close(model.forward(network, params, ids), (heads[0] + heads[1] + heads[2] + heads[3]) / 4)
 
 

@@ -34,8 +34,8 @@ from lamina.limits import lacks_memory, limited, resident_peak, slack_bytes, sta
 from lamina.methods import Method
 from lamina.methods.blocks import Caff
 from lamina.methods.lora import FedLora
-from lamina.model import Spec
 from lamina.plan import Plan
+from lamina.spec import Spec
 
 MIB = 2**20
 

@@ -21,7 +21,6 @@ from lamina.job import Job, Update
 from lamina.layout import Params
 from lamina.methods.exact import FedExLora, FlexLora, Flora
 from lamina.methods.lora import FedLora, linears
-from lamina.model import LINEARS
 
 
 def test_flora_is_the_product_of_the_stacked_matrices() -> None:
@@ -40,13 +39,13 @@ def test_flora_is_the_product_of_the_stacked_matrices() -> None:
         votes.append(method.decode(Update(turn, changed, examples, STEPS, 0.0), job, network))
         sent.append((changed, examples / 60))
     after, _ = method.merge(params, network, votes, SERVER, {})
-    for linear in (f"h.{i}.{short}" for i in range(SPEC.blocks) for short in LINEARS):
+    for linear in (f"h.{i}.{short}" for i in range(SPEC.blocks) for short in SPEC.linears):
         b = np.concatenate([matrix(arrays[f"{linear}.lora_b"], True) for arrays, _ in sent], axis=1)
         a = np.concatenate([p * matrix(arrays[f"{linear}.lora_a"]) for arrays, p in sent], axis=0)
         assert a.shape[0] == b.shape[1] == 4 + 1 + 2
         expected = whole(params[f"{linear}.weight"], len(b)) + 6 / 4 * b @ a
         np.testing.assert_allclose(whole(after[f"{linear}.weight"], len(b)), expected, rtol=1e-6, atol=1e-7)
-    assert moved(params, after) == {f"h.{i}.{short}.weight" for i in range(SPEC.blocks) for short in LINEARS} | {
+    assert moved(params, after) == {f"h.{i}.{short}.weight" for i in range(SPEC.blocks) for short in SPEC.linears} | {
         "head.weight"
     }
 

@@ -21,9 +21,9 @@ from lamina.layout import Params
 from lamina.levers import Levers
 from lamina.methods import Method
 from lamina.methods.lowrank import FedHM, Flanc
-from lamina.model import LINEARS, Factored, Spec
 from lamina.ops import TORCH
 from lamina.plan import Plan
+from lamina.spec import Factored, Spec
 
 SPEC = spec(3)
 ODD = Spec(2, embed=12, heads=3, head_dim=2, ffn=10, vocab=13, positions=9)
@@ -63,7 +63,7 @@ def by_hand(network: Spec, params: Params, stem: str) -> np.ndarray:
 
 
 def linears(network: Spec) -> list[str]:
-    return [f"h.{i}.{short}" for i in range(network.blocks) for short in LINEARS]
+    return [f"h.{i}.{short}" for i in range(network.blocks) for short in network.linears]
 
 
 @factored

@@ -23,6 +23,7 @@ from lamina.estimators import PROJECTED, STRETCH, unfold
 from lamina.explain import explain
 from lamina.fleet import Budget
 from lamina.job import Job, Local, Turn, Update
+from lamina.kernels import Mix
 from lamina.layout import Params
 from lamina.ledger import Ledger
 from lamina.levers import Levers
@@ -32,10 +33,11 @@ from lamina.methods.blocks import Caff
 from lamina.methods.forward import Mezo, Spry
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
-from lamina.model import Factored, Lora, Output, Sparse, Spec
-from lamina.ops import TORCH, Mix
+from lamina.model import Output
+from lamina.ops import TORCH
 from lamina.plan import Plan
 from lamina.planner import choose_plan
+from lamina.spec import LINEARS, Factored, Lora, Sparse, Spec
 from lamina.watch import Watch
 
 SPEC = spec(3)
@@ -596,7 +598,7 @@ def test_what_trains_and_what_the_labels_say() -> None:
     larger = Mezo(rank=3, targets="all").adapt(SPEC)
     (low,) = Mezo(rank=3, targets="all").plans(larger, TURN, {})
     assert low.trains == {name for name in model.layout(larger).params if "lora_" in name}
-    assert larger.lora == Lora(3, 6.0, model.LINEARS)
+    assert larger.lora == Lora(3, 6.0, LINEARS)
     assert {plan.gradient for plan in (head, everything, low)} == {"zeroth"}
     adapted = Spry(train_head=True).adapt(SPEC)
     (with_head,) = Spry(train_head=True).plans(adapted, TURN, {})

@@ -9,7 +9,7 @@ import torch
 
 from lamina import model
 from lamina.layout import Axis, Layout
-from lamina.model import Lora, Spec
+from lamina.spec import LINEARS, Lora, Spec
 
 
 def with_axis(layout: Layout, axis: str) -> set[str]:
@@ -17,7 +17,7 @@ def with_axis(layout: Layout, axis: str) -> set[str]:
 
 
 def test_shapes_and_order_are_those_of_the_tensors(tiny: Spec) -> None:
-    spec = replace(tiny, lora=Lora(3, 6.0, model.LINEARS))
+    spec = replace(tiny, lora=Lora(3, 6.0, LINEARS))
     layout, params = model.layout(spec), model.init(spec, torch.Generator())
     assert list(params) == list(layout.params)
     for name, tensor in params.items():
@@ -64,6 +64,6 @@ def test_tail_is_the_last_blocks_the_final_norm_and_the_head(tiny: Spec, trained
 
 
 def test_the_whole_tail_is_everything(tiny: Spec) -> None:
-    layout = model.layout(replace(tiny, lora=Lora(3, 6.0, model.LINEARS)))
+    layout = model.layout(replace(tiny, lora=Lora(3, 6.0, LINEARS)))
     assert layout.tail(3) == set(layout.params)
     assert all(layout.tail(t) < layout.tail(t + 1) for t in range(3))

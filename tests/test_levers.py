@@ -24,17 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamina import client, ledger, levers, measure, model, ops, packed
 from lamina.cost import cost
 from lamina.flash import Flash
-from lamina.job import Job, Local
+from lamina.job import Job, Local, Turn
+from lamina.kernels import Mix
 from lamina.layout import Axis, Params
 from lamina.levers import EXACT, LADDER, NAMES, Levers
 from lamina.methods import Method
 from lamina.methods.blocks import Caff
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
-from lamina.model import Spec
 from lamina.ops import TORCH, Ops
 from lamina.plan import Keep, Plan, narrow
 from lamina.source import run_prefix
+from lamina.spec import Spec
 from lamina.timeline import Timeline
 
 PLAIN = Method()
@@ -79,6 +80,9 @@ class Sequences:
     def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids = np.random.default_rng(1).integers(0, self.vocab, (self.examples, self.tokens + 1))[rows]
         return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+    def at(self, turn: Turn) -> Sequences:
+        return self
 
 
 def run(
@@ -287,7 +291,7 @@ def test_a_job_on_disk_trains_as_one_in_memory(lever: Levers, tmp_path: Any) -> 
 
 def chunked_loss(x: Tensor, weight: Any, targets: Tensor) -> Tensor:
     """Of one head that learns from the targets alone."""
-    return TORCH.head_loss([x], [weight], targets, ops.Mix.plain(1), None, chunked=True)
+    return TORCH.head_loss([x], [weight], [None], targets, Mix.plain(1), None, chunked=True)
 
 
 def reference(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -626,6 +630,9 @@ class Asked:
         self.rows |= set(rows.tolist())
         return self.shard.batch(rows)
 
+    def at(self, turn: Turn) -> Asked:
+        return self
+
 
 class Counting(Ops):
     """Kernels that remember what they were asked to cache."""
@@ -674,7 +681,8 @@ def test_the_cache_holds_what_the_prefix_makes_of_each_example(plan: str, place:
         expected = model.embed(SPEC, PARAMS, torch.from_numpy(ids))
         expected = model.run_blocks(SPEC, PARAMS, expected, range(asked.first_trained(LAYOUT)))
         for _ in range(2):
-            got, got_targets = source.batch(np.array(picked))
+            given, got_targets = source.batch(np.array(picked))
+            got = given.x
             assert torch.equal(got_targets, torch.from_numpy(targets))
             assert got.dtype == torch.float32 and not got.requires_grad
             assert near(got, expected, 1e-6 if bits_ == 32 else 2**-10)
@@ -764,6 +772,9 @@ class Counted:
             ids.append((5 * ids[-1] + 3) % self.vocab)
         whole = np.stack(ids, 1)
         return whole[:, :-1].copy(), whole[:, 1:].copy()
+
+    def at(self, turn: Turn) -> Counted:
+        return self
 
 
 LEARNER = Spec(2, embed=32, heads=2, head_dim=16, ffn=128, vocab=128, positions=12)

@@ -38,10 +38,10 @@ from lamina.methods.adapters import Adapters
 from lamina.methods.exact import FlexLora, Flora
 from lamina.methods.lora import FedLora, FfaLora, HetLora, LoraLastT, linears, product_norm
 from lamina.methods.slora import SLora
-from lamina.model import Spec
 from lamina.ops import TORCH
 from lamina.plan import Plan, Vote
 from lamina.run import resume
+from lamina.spec import Spec
 
 
 @pytest.fixture(scope="module")

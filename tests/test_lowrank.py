@@ -24,10 +24,10 @@ from lamina.layout import Params
 from lamina.levers import Levers
 from lamina.methods import Method, lowrank, to_table
 from lamina.methods.lowrank import FedHM, Flanc
-from lamina.model import LINEARS, Factored, Spec
 from lamina.ops import TORCH
 from lamina.plan import Plan, Vote
 from lamina.planner import Fleet
+from lamina.spec import Factored, Spec
 
 SPEC = spec(3)
 NOBODY = Fleet([], (), lambda group, plan: True)
@@ -133,7 +133,7 @@ def test_fedhm_lists_falling_ranks(embed: int, ranks: list[int]) -> None:
 def test_fedhm_can_leave_the_first_blocks_whole() -> None:
     _, plan = FedHM(ratios=(1, 4), first_block=2).plans(SPEC, TURN, {})
     assert plan.label == "rank 4, last 1 of 3"
-    assert {name for name in plan.trains if name.endswith(".coef")} == {f"h.2.{short}.coef" for short in LINEARS}
+    assert {name for name in plan.trains if name.endswith(".coef")} == {f"h.2.{short}.coef" for short in SPEC.linears}
     assert [plan.label for plan in FedHM(first_block=3).plans(SPEC, TURN, {})] == ["full rank"]
 
 
@@ -142,7 +142,7 @@ def test_what_factors_save() -> None:
     sizes = []
     for plan in FedHM().plans(SPEC, TURN, {}):
         layout = model.layout(plan.runs(SPEC))
-        names = (f"h.1.{short}.{end}" for short in LINEARS for end in ("weight", "coef", "basis"))
+        names = (f"h.1.{short}.{end}" for short in SPEC.linears for end in ("weight", "coef", "basis"))
         sizes.append(sum(layout.numel(name) for name in names if name in layout.params))
     assert sizes == [12 * 256, *(18 * 256 // ratio for ratio in (2, 4, 8))]
     half = model.layout(replace(SPEC, factored=Factored(8)))

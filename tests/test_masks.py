@@ -21,9 +21,9 @@ from lamina.cost import cost
 from lamina.job import Local, Turn
 from lamina.layout import Params
 from lamina.methods.masks import PerFedMask, most_blocks, objective, search
-from lamina.model import Spec
 from lamina.planner import Fleet
 from lamina.run import Run, resume
+from lamina.spec import Spec
 from lamina.turn import generator
 
 SPEC = spec(3)

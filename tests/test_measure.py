@@ -20,8 +20,8 @@ from lamina.measure import watch, work
 from lamina.methods import Method
 from lamina.methods.blocks import Caff
 from lamina.methods.lora import FedLora
-from lamina.model import Spec
 from lamina.plan import Plan
+from lamina.spec import Spec
 from lamina.watch import Watch, count_allocations, watch_job
 
 MOMENTS = ("load", "prefix", "forward", "loss", "backward", "update")

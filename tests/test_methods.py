@@ -42,11 +42,11 @@ from lamina.methods import METHODS, Method, from_table, to_table
 from lamina.methods.blocks import Caff
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
-from lamina.model import Spec
 from lamina.ops import TORCH
 from lamina.plan import Plan, Vote, narrow
 from lamina.planner import Fleet
 from lamina.run import resume
+from lamina.spec import Spec
 from lamina.state import State
 
 every_method = pytest.mark.parametrize("method", VARIANTS.values(), ids=list(VARIANTS))
@@ -380,8 +380,8 @@ def test_frozen_blocks_get_no_gradient_and_keep_nothing(
     job = Job(TURN, plan, LOCAL, narrow(run.state.params, model.layout(spec(3)), plan))
     on_graph: dict[int, set[bool]] = {}
 
-    def watched(spec: Spec, params: Any, x: Any, i: int, ops: Any) -> Any:
-        out = block(spec, params, x, i, ops)
+    def watched(spec: Spec, params: Any, x: Any, i: int, *others: Any) -> Any:
+        out = block(spec, params, x, i, *others)
         if isinstance(out, Tensor):  # the planner runs the blocks on shapes
             on_graph.setdefault(i, set()).add(out.requires_grad)
         return out

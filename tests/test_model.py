@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lamina import checkpoint, model
 from lamina.layout import Axis, Params
-from lamina.model import Lora, Spec
 from lamina.ops import TORCH
 from lamina.plan import Keep, Plan, narrow
+from lamina.spec import LINEARS, Lora, Spec
 
 RandomParams = Callable[[Spec, int], Params]
 
@@ -119,7 +119,7 @@ def test_a_network_runs_in_pieces(tiny: Spec, random_params: RandomParams) -> No
     params, ids = random_params(tiny, 0), draw_ids(tiny)
     x = model.run_blocks(tiny, params, model.embed(tiny, params, ids), [0])
     x = model.run_blocks(tiny, params, x, [1, 2])
-    assert torch.equal(model.head(tiny, params, x), model.forward(tiny, params, ids))
+    assert torch.equal(model.Output(x, tiny.blocks, params).logits(tiny), model.forward(tiny, params, ids))
 
 
 def test_cut_heads_and_ffn_units_are_as_if_their_outputs_were_zero(tiny: Spec, random_params: RandomParams) -> None:
@@ -178,7 +178,7 @@ def test_any_axis_can_be_cut(tiny: Spec, random_params: RandomParams, axis: str)
 
 
 def test_lora_starts_as_the_network_itself(tiny: Spec) -> None:
-    spec = replace(tiny, lora=Lora(3, 6.0, model.LINEARS))
+    spec = replace(tiny, lora=Lora(3, 6.0, LINEARS))
     params, ids = model.init(spec, torch.Generator().manual_seed(0)), draw_ids(tiny)
     plain = {name: p for name, p in params.items() if "lora" not in name}
     assert list(plain) == list(model.layout(tiny).params)
@@ -200,7 +200,7 @@ def test_lora_adds_its_product_to_the_weight(tiny: Spec, random_params: RandomPa
     assert plain["h.1.ffn.down.weight"] is params["h.1.ffn.down.weight"]
 
 
-@pytest.mark.parametrize("targets", [model.LINEARS, ("attn.q", "attn.v")], ids=["all", "qv"])
+@pytest.mark.parametrize("targets", [LINEARS, ("attn.q", "attn.v")], ids=["all", "qv"])
 def test_a_merged_network_is_the_same_function(
     tiny: Spec, random_params: RandomParams, targets: tuple[str, ...]
 ) -> None:
@@ -217,7 +217,7 @@ def test_merging_a_network_without_lora_does_nothing(tiny: Spec, random_params: 
 
 
 def test_cut_ranks_are_as_if_they_were_zero(tiny: Spec, random_params: RandomParams) -> None:
-    spec = replace(tiny, lora=Lora(4, 4.0, model.LINEARS))
+    spec = replace(tiny, lora=Lora(4, 4.0, LINEARS))
     params, ids = random_params(spec, 0), draw_ids(spec)
     device = narrow(params, model.layout(spec), Plan(everything(spec), frozenset(), {Axis("rank"): Keep(2)}))
     muted = {name: p.clone() for name, p in params.items()}

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina import ops, packed
-from lamina.ops import TORCH, Mix
+from lamina.kernels import Mix
+from lamina.ops import TORCH
 from lamina.packed import Packed
 
 BATCH, TOKENS, WIDTH, VOCAB = 3, 5, 4, 11
@@ -66,7 +67,7 @@ def test_the_loss_of_several_outputs_is_the_formula(
     xs, heads = drawn(len(mix.hard))
     expected = by_formula(xs, heads, TARGETS, mix, labels)
     wanted = torch.autograd.grad(2.5 * expected, [*xs, *heads], allow_unused=True, materialize_grads=True)
-    got = TORCH.head_loss(xs, heads, TARGETS, mix, labels, chunked=chunk > 0)
+    got = TORCH.head_loss(xs, heads, [None] * len(xs), TARGETS, mix, labels, chunked=chunk > 0)
     (2.5 * got).backward()  # type: ignore[no-untyped-call]
     assert got.item() == pytest.approx(expected.item(), rel=1e-12)
     for each, gradient in zip([*xs, *heads], wanted, strict=True):
@@ -83,7 +84,9 @@ def test_only_what_needs_a_gradient_gets_one(mask: int) -> None:
     for place, each in enumerate([*xs, *heads]):
         each.requires_grad_(bool(mask >> place & 1))
     expected = by_formula(xs, heads, TARGETS, Mix((1.0, 0.5), ((0.0, 2.0), (0.5, 0.0))))
-    got = TORCH.head_loss(xs, heads, TARGETS, Mix((1.0, 0.5), ((0.0, 2.0), (0.5, 0.0))), None, chunked=False)
+    got = TORCH.head_loss(
+        xs, heads, [None] * len(xs), TARGETS, Mix((1.0, 0.5), ((0.0, 2.0), (0.5, 0.0))), None, chunked=False
+    )
     assert got.item() == pytest.approx(expected.item(), rel=1e-12)
     assert got.requires_grad == bool(mask)
     asked = [each for each in [*xs, *heads] if each.requires_grad]
@@ -104,7 +107,7 @@ def test_packed_heads_are_those_they_unpack_to(mix: Mix, bits: int, slab: int, m
     for head in heads:
         whole = head.detach()
         small.append(packed.pack(whole.shape, bits, lambda rows, whole=whole: whole[rows.start : rows.stop]))  # type: ignore[misc]
-    got = TORCH.head_loss(xs, small, TARGETS, mix, LABELS, chunked=True)  # type: ignore[arg-type]
+    got = TORCH.head_loss(xs, small, [None] * len(xs), TARGETS, mix, LABELS, chunked=True)  # type: ignore[arg-type]
     got.backward()  # type: ignore[no-untyped-call]
     unpacked = [each.unpack().double() for each in small]
     doubles = [x.detach().double().requires_grad_() for x in xs]
@@ -122,7 +125,7 @@ def test_outputs_that_are_sure_of_themselves_give_finite_losses_and_the_right_gr
     xs = [x.clone().requires_grad_(), -x.clone()]
     heads = [torch.tensor([[1.0], [-1.0]]).requires_grad_(), torch.tensor([[1.0], [-1.0]])]
     targets, mix = torch.tensor([[0, 0, 0]]), Mix((0.0, 0.0), ((0.0, 1.0), (0.0, 0.0)))
-    got = TORCH.head_loss(xs, heads, targets, mix, None, chunked=False)
+    got = TORCH.head_loss(xs, heads, [None] * len(xs), targets, mix, None, chunked=False)
     got.backward()  # type: ignore[no-untyped-call]
     assert got.item() == pytest.approx(2 * -math.log(torch.finfo(torch.float32).tiny) / 3, rel=1e-6)
     assert xs[0].grad is not None
@@ -132,10 +135,10 @@ def test_outputs_that_are_sure_of_themselves_give_finite_losses_and_the_right_gr
 def test_an_output_learns_nothing_from_itself_and_is_not_changed_by_those_it_teaches() -> None:
     xs, heads = drawn(2)
     same = TORCH.head_loss(
-        [xs[0], xs[0].detach()], [heads[0], heads[0].detach()], TARGETS, MIXES["taught"], None, False
+        [xs[0], xs[0].detach()], [heads[0], heads[0].detach()], [None, None], TARGETS, MIXES["taught"], None, False
     )
     same.backward()  # type: ignore[no-untyped-call]
     assert same.item() == pytest.approx(0, abs=1e-15)
     assert xs[0].grad is not None and xs[0].grad.abs().max() < 1e-15
-    TORCH.head_loss(xs, heads, TARGETS, MIXES["taught"], None, False).backward()  # type: ignore[no-untyped-call]
+    TORCH.head_loss(xs, heads, [None] * len(xs), TARGETS, MIXES["taught"], None, False).backward()  # type: ignore[no-untyped-call]
     assert xs[1].grad is not None and not xs[1].grad.any()

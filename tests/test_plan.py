@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lamina import model
 from lamina.layout import Axis, Layout, Param, Params, Part
-from lamina.model import Lora, Spec
 from lamina.plan import Absent, Keep, Plan, Vote, merge, narrow
+from lamina.spec import Lora, Spec
 
 BOTH: tuple[Absent, ...] = get_args(Absent)
 eighths = st.integers(1, 400).map(lambda n: n / 8)

@@ -23,9 +23,9 @@ from lamina.levers import EXACT, LADDER, NAMES, Allowed, Levers
 from lamina.methods import Method
 from lamina.methods.blocks import Caff
 from lamina.methods.lora import FedLora
-from lamina.model import Spec
 from lamina.plan import Plan
 from lamina.planner import Candidate, Choice, Fitted, Group, assess, choose_network, choose_plan, fit
+from lamina.spec import Spec
 from lamina.units import human
 
 CAFF, DROP, IGNORE = Caff(), Caff(on_infeasible="drop"), Caff(on_infeasible="ignore")

@@ -19,9 +19,9 @@ from lamina import pretrain as module
 from lamina.data.text import ALPHABET
 from lamina.errors import UserError
 from lamina.layout import Params
-from lamina.model import Spec
 from lamina.ops import TORCH
 from lamina.pretrain import Pretrain, Progress, grow, held_out, learning_rate, pretrain, validate
+from lamina.spec import Spec
 
 RandomParams = Callable[[Spec, int], Params]
 TEXT = "a rose is a rose is a rose, and so on. " * 120

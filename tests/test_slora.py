@@ -35,10 +35,10 @@ from lamina.layout import Params
 from lamina.methods import Method, to_table
 from lamina.methods.lora import linears
 from lamina.methods.slora import SLora
-from lamina.model import Spec
 from lamina.ops import TORCH
 from lamina.packed import pack
 from lamina.plan import Plan, Vote, narrow
+from lamina.spec import Spec
 
 
 @pytest.fixture(scope="module")

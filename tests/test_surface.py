@@ -77,7 +77,7 @@ KEYS = {
 }
 OPTIONS = {
     "run": "FILE --set --resume --out --json",
-    "plan": "FILE --set --measure --why --json",
+    "plan": "FILE --set --measure --data --why --json",
     "compare": "FILE --set --out --json",
     "methods": "NAMES --json",
     "pretrain": "FILE --set --json",

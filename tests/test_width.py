@@ -24,10 +24,10 @@ from lamina.levers import Levers
 from lamina.methods import METHODS, Method
 from lamina.methods.base import Objective
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL, Width
-from lamina.model import Spec
 from lamina.ops import TORCH, Ops
 from lamina.plan import Plan, narrow
 from lamina.planner import Fleet
+from lamina.spec import Spec
 
 T = TypeVar("T")
 SPEC = Spec(2, embed=12, heads=3, head_dim=4, ffn=20, vocab=23, positions=9)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lamina import files, model
 from lamina.errors import UserError
 from lamina.layout import Params
-from lamina.model import Spec
+from lamina.spec import Spec
 
 WEIGHTS, CONFIG, OURS = "model.safetensors", "config.json", "lamina.safetensors"
 

@@ -93,30 +93,36 @@ def plan(
     measured: Annotated[
         bool, typer.Option("--measure", help="Run two steps of each plan and measure its peak.")
     ] = False,
+    data: Annotated[bool, typer.Option("--data", help="Show how the examples are spread over the devices.")] = False,
     why: Annotated[str | None, typer.Option(metavar="CLASS", help="Explain the plan of one device class.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show which network is chosen and what every device class trains; trains nothing."""
     from lamina import config, tables
-    from lamina.experiment import look_ahead, measure_classes
+    from lamina.drawing import drawn, spread
+    from lamina.experiment import load_task, look_ahead, measure_classes
     from lamina.view import View
 
     experiment = config.load_experiment(file, overrides)
-    outlook = look_ahead(experiment)
+    task = load_task(experiment) if data else None
+    outlook = look_ahead(experiment, task)
     if why is not None:
-        if measured:
-            raise UserError("--why explains and --measure measures: take one of them")
+        if measured or data:
+            raise UserError("--why explains one class and goes without --measure and --data: take one of them")
         _explain(experiment, outlook, why, as_json)
         return
     network, classes = outlook.network_json(), outlook.classes_json()
     if measured:
         for row, found in zip(classes, measure_classes(experiment, outlook), strict=True):
             row["measured"] = found
+    found = spread(task, outlook.class_of, [group.name for group in outlook.groups]) if task else None
     if as_json:
-        _print_json({"schema": "lamina.plan/1", "network": network, "classes": classes})
+        made = {"schema": "lamina.plan/1", "network": network, "classes": classes}
+        _print_json(made | {"data": found} if found else made)
         return
     view = View()
-    for table in (tables.networks(network), *tables.of_classes(classes), tables.memory(classes)):
+    shown = [tables.networks(network), *tables.of_classes(classes), tables.memory(classes)]
+    for table in [*shown, *drawn(found, view.console.width)] if found else shown:
         view.table(table)
 
 

@@ -18,10 +18,11 @@ from lamina.estimators import Aimed, Forward, Zeroth
 from lamina.job import Job, Update
 from lamina.layout import Params
 from lamina.methods.base import Objective
-from lamina.model import Spec
+from lamina.model import Batch
 from lamina.ops import TORCH, Ops
 from lamina.passes import Passes, Trainer, groups_of
 from lamina.source import Plain, Source, run_prefix
+from lamina.spec import Spec
 
 
 def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
@@ -41,9 +42,10 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
         New values of the tensors in `job.plan.trains`. They may be non-finite; the server decides what to make of that.
     """
     spec = job.plan.runs(spec)
+    shard = shard.at(job.turn)
     batches = job.local.batches(job.turn, len(shard))
     layout = model.layout(spec)
-    source: Source = Plain(shard, ops)
+    source: Source = Plain(shard, spec, ops)
     below: frozenset[str] = frozenset()
     objective = job.method.objective(job)
     if job.plan.caches(layout) and not objective.widths:  # of which each would have a prefix of its own
@@ -54,7 +56,7 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
     params = {name: _hold(job, name, ops) for name in layout.params if name in resident}
     aside = job.method.remember(job, params, ops)
     if objective.own_labels:
-        aside["labels"] = ops.labels(shard, spec.vocab)
+        aside["labels"] = ops.labels(shard, spec.outputs)
     trainer = _trainer(spec, job, params, aside, objective, bool(below), ops)
     total = 0.0
     for step, rows in enumerate(batches):
@@ -64,7 +66,7 @@ def train(job: Job, shard: Shard, spec: Spec, ops: Ops = TORCH) -> Update:
 
 
 class _Steps(Protocol):
-    def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
+    def step(self, number: int, inputs: Batch, targets_BS: Tensor) -> float:
         """One update on a batch; returns the batch's mean loss."""
 
 

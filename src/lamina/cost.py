@@ -21,9 +21,9 @@ from lamina import client, model
 from lamina.job import Job, Local, Turn
 from lamina.ledger import Ledger
 from lamina.methods.base import Method
-from lamina.model import Spec
 from lamina.plan import Plan
 from lamina.shapes import FLOAT_BYTES
+from lamina.spec import Spec
 from lamina.stand_ins import Blank, Held
 
 _PLAIN = Method()
@@ -103,7 +103,7 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int, method: 
         spec: The network, with whatever the method added to it.
         plan: What the device holds and trains.
         local: Batch size and optimizer.
-        tokens: Sequence length.
+        tokens: Sequence length, or that of the longest; of no account for images.
         steps: Optimizer steps in the round, at least one.
         method: Whose rules the device follows while it trains.
 
@@ -119,7 +119,7 @@ def cost(spec: Spec, plan: Plan, local: Local, tokens: int, steps: int, method: 
     held = Held(ledger, layout, plan, plan.holds)
     state = Held(ledger, layout, plan, method.kept(spec, plan))
     job = Job(Turn(0, 0, 1), plan, replace(local, steps=1), held, method, state)
-    shard = Blank(local.batch_size, tokens, spec.vocab)
+    shard = Blank(spec, local.batch_size, tokens)
     with torch.enable_grad():
         client.train(job, shard, spec, ledger)
     once = ledger.flops.pop("prefix", 0) if ledger.cached else 0

@@ -26,7 +26,7 @@ from lamina.data.task import Shard
 from lamina.errors import UserError
 from lamina.job import Failure, Job, Update
 from lamina.methods import to_table
-from lamina.model import Spec
+from lamina.spec import Spec
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _ENVIRONMENT = _ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""}

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamina.ops import Mix, Ops, plus_sparse
+from lamina.kernels import Mix, plus_sparse
+from lamina.ops import Ops
 from lamina.packed import Packed
+from lamina.spec import Act
 
 T = TypeVar("T")
 
@@ -70,8 +72,11 @@ class Duals(Ops):
         """Compute with the kernels of `ops`."""
         self._ops = ops
 
-    def embed(self, ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+    def embed(
+        self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0
+    ) -> Tensor:
         """The same lookup."""
+        assert positions is not None and types is None and not first
         (tokens, dt), (positions, dp) = parts(tokens), parts(positions)
         shape = (*ids.shape, tokens.shape[1])
         tangent: Tensor | None = None
@@ -106,7 +111,7 @@ class Duals(Ops):
             tangent = self._spread(db, (*x.shape[:-1], len(db)))
         return _dual(self._ops.linear(x, weight, bias), tangent)
 
-    def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
+    def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
         """DX (W + S)^T + x dS^T + db."""
         (x, dx), (values, ds), (bias, db) = parts(x), parts(values), parts(bias)
         tangent: Tensor | None = None
@@ -125,15 +130,18 @@ class Duals(Ops):
     def _spread(self, db: Tensor, shape: tuple[int, ...]) -> Tensor:
         return self._ops.compute(lambda: db.expand(shape).clone(), shape)
 
-    def gelu(self, x: Tensor) -> Tensor:
+    def act(self, x: Tensor, kind: Act) -> Tensor:
         """Gelu'(x) dx: the kernel that torch has for backward."""
         x, dx = parts(x)
         if dx is None:
-            return self._ops.gelu(x)
+            return self._ops.act(x, kind)
+        assert kind == "gelu_tanh"
         tangent = self._ops.compute(lambda: torch.ops.aten.gelu_backward(dx, x, approximate="tanh"), x.shape)
-        return _dual(self._ops.gelu(x), tangent)
+        return _dual(self._ops.act(x, kind), tangent)
 
-    def attention(self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int) -> Tensor:
+    def attention(
+        self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int, causal: bool = True, hides: Tensor | None = None
+    ) -> Tensor:
         """With P = softmax(Z), Z = q k^T / sqrt(K): dP = P (dZ - rowsum(P dZ)), and dP v + P dv; head by head."""
         (q, dq), (k, dk), (v, dv) = parts(q_BSE), parts(k_BSE), parts(v_BSE)
         tangent: Tensor | None = None
@@ -180,6 +188,7 @@ class Duals(Ops):
         self,
         xs_BSD: Sequence[Tensor],
         weights_VD: Sequence[Tensor],
+        biases_V: Sequence[Tensor | None],
         targets_BS: Tensor,
         mix: Mix,
         labels_V: Tensor | None,
@@ -190,7 +199,7 @@ class Duals(Ops):
         inputs = [p if dp is None else p.detach().requires_grad_() for p, dp in duals]
         count = len(xs_BSD)
         with torch.enable_grad():
-            loss = self._ops.head_loss(inputs[:count], inputs[count:], targets_BS, mix, labels_V, chunked)
+            loss = self._ops.head_loss(inputs[:count], inputs[count:], biases_V, targets_BS, mix, labels_V, chunked)
         moving = [(p, dp) for p, (_, dp) in zip(inputs, duals, strict=True) if dp is not None]
         if not moving:
             return loss

@@ -18,6 +18,7 @@ from torch import Tensor
 from lamina.duals import Dual, parts
 from lamina.job import Job, Turn, Update
 from lamina.layout import Params
+from lamina.model import Batch
 from lamina.ops import TORCH, Draw, Ops
 
 PROJECTED = "projected"
@@ -29,7 +30,7 @@ STRETCH = 1e-3
 class Passes(Protocol):
     """Forward passes of a device's network at the tensors as they are."""
 
-    def losses(self, number: int, inputs: Tensor, targets_BS: Tensor) -> Iterator[tuple[Tensor, float, bool]]:
+    def losses(self, number: int, inputs: Batch, targets_BS: Tensor) -> Iterator[tuple[Tensor, float, bool]]:
         """Mean loss of each pass of a step, its share, and whether it is the one that is reported."""
 
 
@@ -100,7 +101,7 @@ class Forward:
         self._job, self._aimed, self._passes, self._groups, self._ops = job, aimed, passes, groups, ops
 
     @torch.no_grad()
-    def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
+    def step(self, number: int, inputs: Batch, targets_BS: Tensor) -> float:
         """One optimizer step on a batch; returns its mean loss."""
         total, slopes, count = 0.0, [], self._job.method.directions
         for index in range(count):
@@ -153,7 +154,7 @@ class Zeroth:
         self._slopes: list[list[float]] = []
 
     @torch.no_grad()
-    def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
+    def step(self, number: int, inputs: Batch, targets_BS: Tensor) -> float:
         """One step on a batch; returns the mean of its losses."""
         total, slopes, count = 0.0, [], self._job.method.directions
         for index in range(count):

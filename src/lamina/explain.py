@@ -13,8 +13,8 @@ from lamina.fleet import Budget
 from lamina.job import Local, Turn
 from lamina.levers import Allowed, Levers, rungs
 from lamina.methods import Method
-from lamina.model import Spec
 from lamina.planner import Fitted, choose_peak, fit
+from lamina.spec import Spec
 
 SCHEMA = "lamina.why/1"
 

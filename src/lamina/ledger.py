@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -21,12 +21,16 @@ from lamina import optim
 from lamina.coding import Coding
 from lamina.data.task import Shard
 from lamina.job import Local, Turn
+from lamina.kernels import Mix
 from lamina.layout import Params
-from lamina.ops import DRAWN, Draw, Mix, Ops, chunk_tokens
+from lamina.ops import DRAWN, Draw, Ops, chunk_tokens
 from lamina.packed import SLAB_ROWS, packable
 from lamina.shapes import FLOAT_BYTES, INDEX_BYTES, Allocation, Node, Shape
 from lamina.stand_ins import Cache, Held, Optimizer
 from lamina.timeline import Timeline
+
+if TYPE_CHECKING:
+    from lamina.spec import Act, Pool
 
 T = TypeVar("T")
 
@@ -60,13 +64,40 @@ class Ledger(Ops):
         """A shape of its own, without a graph."""
         return cast(Tensor, Shape(tuple(shape), self.new(item_bytes * math.prod(shape), category)))
 
-    def embed(self, ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+    def embed(
+        self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0
+    ) -> Tensor:
         """The lookup keeps the ids when the table trains; table gradients are dense."""
-        found = self._out((*ids.shape, tokens.shape[1]), [tokens], [ids] if _shape(tokens).node else [])
-        width, length = positions.shape[1], ids.shape[1]
-        unpacked = self._unpacked(positions)
-        out = self._out(found.shape, [found, positions], [], scratch=FLOAT_BYTES * width * length, aliases=1)
-        del unpacked
+        out = self._out((*ids.shape, tokens.shape[1]), [tokens], [ids] if _shape(tokens).node else [])
+        for table, rows in ((positions, ids.shape[1]), (types, 1)):
+            if table is not None:
+                unpacked = self._unpacked(table)
+                out = self._out(out.shape, [out, table], [], scratch=FLOAT_BYTES * table.shape[1] * rows, aliases=1)
+                del unpacked
+        return out
+
+    def patches(
+        self,
+        pixels_BCYX: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        positions: Tensor,
+        leads: Tensor | None,
+        registers: Tensor | None,
+    ) -> Tensor:
+        """Keeps the images; the patches of a batch are cut out once more for the gradient of the weight."""
+        batch, width = pixels_BCYX.shape[0], weight.shape[0]
+        tables = [each for each in (weight, bias, positions, leads, registers) if each is not None]
+        unpacked = [self._unpacked(each) for each in tables]
+        before = sum(0 if each is None else each.shape[0] for each in (leads, registers))
+        number = positions.shape[0] - (0 if leads is None else leads.shape[0])
+        patches = self.blank((batch, number, weight.numel() // width))
+        self._products(patches, weight)
+        mapped = self.blank((batch, number, width))
+        del patches
+        copies = FLOAT_BYTES * batch * number * (width * (before > 0) + weight.numel() // width)
+        out = self._out((batch, number + before, width), tables, [pixels_BCYX], scratch=copies)
+        del mapped, unpacked
         return out
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -85,19 +116,60 @@ class Ledger(Ops):
         del unpacked
         return out
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """Keeps its input."""
-        return self._out(x.shape, [x], [x])
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Keeps its input and the inverse root per row; backward makes the normalised input again."""
+        rows = self.blank((*x.shape[:-1], 1))
+        scratch = FLOAT_BYTES * x.numel() * (1 + (_shape(weight).node is not None and _shape(x).node is None))
+        return self._out(x.shape, [x, weight], [x, rows], scratch)
 
-    def attention(self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int) -> Tensor:
-        """Keeps query, key, value, output and the log of the normaliser per head and token."""
+    def act(self, x: Tensor, kind: Act) -> Tensor:
+        """Keeps its input, or, where that is enough, its output."""
+        out = self._out(x.shape, [x], [] if kind in ("relu", "tanh") else [x])
+        if kind in ("relu", "tanh") and (node := _shape(out).node):
+            self._keep(node, [out])
+        return out
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Keeps both."""
+        return self._out(up.shape, [gate, up], [gate, up], FLOAT_BYTES * up.numel() * (_shape(gate).node is not None))
+
+    def multiply(self, x: Tensor, vector: Tensor) -> Tensor:
+        """Keeps its input where the vector trains, whose gradient is a sum over rows."""
+        trains = _shape(vector).node is not None
+        return self._out(x.shape, [x, vector], [x] if trains else [], FLOAT_BYTES * x.numel() * trains)
+
+    def rotate(self, x_BSE: Tensor, heads: int, theta: float) -> Tensor:
+        """Keeps nothing; sines and cosines are made again."""
+        angles = (x_BSE.shape[1], x_BSE.shape[2] // heads // 2)
+        tables = [self.blank(angles) for _ in range(3)]
+        del tables[0]
+        return self._out(x_BSE.shape, [x_BSE], [], scratch=2 * FLOAT_BYTES * math.prod(angles))
+
+    def attention(
+        self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int, causal: bool = True, hides: Tensor | None = None
+    ) -> Tensor:
+        """Keeps query, key, value, output, what hides, and the log of the normaliser per head and token."""
         batch, tokens, width = q_BSE.shape
-        normaliser = self.blank((batch, heads, tokens))
-        out = self._out((batch, tokens, v_BSE.shape[-1]), [q_BSE, k_BSE, v_BSE], [q_BSE, k_BSE, v_BSE, normaliser])
+        kept = [q_BSE, k_BSE, v_BSE, self.blank((batch, heads, tokens)), *([] if hides is None else [hides])]
+        out = self._out(q_BSE.shape, [q_BSE, k_BSE, v_BSE], kept)
         if node := _shape(out).node:
             self._keep(node, [out])
         self._count((6 if _shape(out).node else 2) * 2 * batch * tokens * tokens * width)
         return out
+
+    def hides(self, lengths_B: Tensor, tokens: int) -> Tensor:
+        """Numbers, and for a moment which of them."""
+        out = self.blank((lengths_B.shape[0], tokens))
+        self.blank((tokens,), INDEX_BYTES), self.blank(out.shape, 1)
+        return out
+
+    def pool(self, x_BSD: Tensor, kind: Pool, start: int, lengths_B: Tensor | None) -> Tensor:
+        """A product with few rows, which are kept."""
+        batch, tokens, width = x_BSD.shape
+        parts = 2 if kind == "first_mean" else 1
+        weights = self.blank((batch, parts, tokens))
+        self._count((2 if _shape(x_BSD).node else 1) * 2 * parts * x_BSD.numel())
+        return self._out((batch, 1, parts * width), [x_BSD], [weights])
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
         """Keeps nothing; both sides get the gradient itself, y a scaled copy where there is a scale."""
@@ -113,6 +185,7 @@ class Ledger(Ops):
         self,
         xs_BSD: Sequence[Tensor],
         weights_VD: Sequence[Tensor],
+        biases_V: Sequence[Tensor | None],
         targets_BS: Tensor,
         mix: Mix,
         labels_V: Tensor | None,
@@ -124,7 +197,8 @@ class Ledger(Ops):
         """
         for x, weight in zip(xs_BSD, weights_VD, strict=True):
             self._products(x, weight)
-        trained = [_shape(each) for each in (*xs_BSD, *weights_VD) if _shape(each).node]
+        given = [_shape(each) for each in (*xs_BSD, *weights_VD, *biases_V) if each is not None]
+        trained = [each for each in given if each.node]
         found = [_shape(self.blank(each.shape)) for each in trained]
         vocabulary, width = weights_VD[0].shape
         tokens = targets_BS.numel()
@@ -140,13 +214,12 @@ class Ledger(Ops):
             _shape(out).node = node
         return out
 
-    def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
+    def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
         """Keeps its input and the indices; makes the sum of the weights, and a dense gradient, while it runs."""
         self._products(x, values, weight.numel())
+        sources = [x, values] if bias is None else [x, values, bias]
         whole = self.blank(weight.shape)
-        out = self._out(
-            (*x.shape[:-1], weight.shape[0]), [x, values, bias], [x, indices], scratch=FLOAT_BYTES * weight.numel()
-        )
+        out = self._out((*x.shape[:-1], weight.shape[0]), sources, [x, indices], scratch=FLOAT_BYTES * weight.numel())
         del whole
         return out
 

@@ -20,8 +20,8 @@ from lamina.flash import Flash
 from lamina.job import Failure, Job, Local, Turn
 from lamina.layout import Params
 from lamina.methods.base import Method
-from lamina.model import Spec
 from lamina.plan import Plan
+from lamina.spec import Spec
 from lamina.timeline import Timeline
 from lamina.watch import watch_job
 
@@ -90,9 +90,21 @@ def work(spec: Spec, plan: Plan, local: Local, tokens: int, method: Method = _PL
     def draw(names: frozenset[str]) -> Params:
         return {n: torch.randn(plan.shape(layout, n), generator=generator) * 0.02 for n in sorted(names)}
 
-    drawn = np.random.default_rng(0).integers(0, spec.vocab, (2, local.steps * local.batch_size, tokens))
     arrays, state = draw(plan.holds), draw(method.kept(spec, plan))
-    return Job(Turn(0, 0, 1, 0), plan, local, arrays, method, state), Pairs(*drawn)
+    return Job(Turn(0, 0, 1, 0), plan, local, arrays, method, state), _drawn(
+        plan.runs(spec), local.steps * local.batch_size, tokens
+    )
+
+
+def _drawn(spec: Spec, count: int, tokens: int) -> Pairs:
+    """Random examples, as many, as any shard gives them to this network."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, max(1, spec.labels), (count, 1))
+    if spec.patch:
+        pixels = rng.standard_normal((count, spec.channels, spec.image, spec.image), dtype=np.float32)
+        return Pairs(pixels, labels)
+    ids = rng.integers(0, spec.vocab, (2, count, tokens))
+    return Pairs(ids[0], labels if spec.labels else ids[1])
 
 
 def watch(spec: Spec, plan: Plan, local: Local, tokens: int, method: Method = _PLAIN) -> Timeline:

@@ -1,4 +1,4 @@
-"""Accuracy of a network on every device's test windows."""
+"""Accuracy of a network on every device's test examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from lamina import model
 from lamina.data.task import Shard
 from lamina.layout import Params
-from lamina.model import Spec
+from lamina.spec import Spec
 
 _BATCH = 128
 
@@ -31,7 +31,7 @@ class Score:
 
     def accuracy(self) -> dict[str, float]:
         """Over devices: plain mean, mean weighted by predictions, and 10th percentile (LEAF, Caldas et al. 2018)."""
-        each = self.correct / self.total
+        each = self.correct[self.total > 0] / self.total[self.total > 0]
         return {
             "mean_over_devices": float(each.mean()),
             "weighted": float(self.correct.sum() / self.total.sum()),
@@ -46,16 +46,16 @@ class Score:
 
 @torch.no_grad()
 def evaluate(spec: Spec, params: Params, shards: Sequence[Shard], scored: int, workers: int = 1) -> Score:
-    """Run the network over all test windows; the last `scored` positions of each count."""
+    """Run the network over all test examples; the last `scored` positions of each count."""
     rows = [(device, row) for device, shard in enumerate(shards) for row in range(len(shard))]
     chunks = [np.array(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
 
     @torch.no_grad()
     def hits(chunk: np.ndarray) -> np.ndarray:
         batches = [shards[device].batch(chunk[chunk[:, 0] == device, 1]) for device in np.unique(chunk[:, 0])]
-        ids_BS, targets_BS = (torch.from_numpy(np.concatenate(part)) for part in zip(*batches, strict=True))
-        logits_BSV = model.forward(spec, params, ids_BS, last=scored)
-        right: np.ndarray = (logits_BSV.argmax(-1) == targets_BS[:, -scored:]).sum(1).numpy()
+        inputs, targets_BS = (_joined(part) for part in zip(*batches, strict=True))
+        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), last=scored)
+        right: np.ndarray = (logits_BSV.argmax(-1).numpy() == targets_BS[:, -scored:]).sum(1)
         return right
 
     with ThreadPoolExecutor(workers) as pool:
@@ -63,3 +63,11 @@ def evaluate(spec: Spec, params: Params, shards: Sequence[Shard], scored: int, w
     device_of = np.array(rows)[:, 0]
     correct = np.bincount(device_of, weights=found, minlength=len(shards)).astype(np.int64)
     return Score(correct, scored * np.bincount(device_of, minlength=len(shards)))
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays one after another; where texts of some are longer, -1 follows those of the others."""
+    longest = max(part.shape[1] for part in parts)
+    if parts[0].ndim == 2:
+        parts = [np.pad(part, ((0, 0), (0, longest - part.shape[1])), constant_values=-1) for part in parts]
+    return np.concatenate(parts)

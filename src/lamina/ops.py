@@ -9,11 +9,9 @@ Shape legend: as in `lamina.model`, and N tokens.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,13 +20,15 @@ from torch import Tensor
 
 from lamina import optim
 from lamina.flash import Flash, Kept, Pages
-from lamina.packed import Packed, PackedLinear, pack, packable, slabs
+from lamina.kernels import Gate, HeadLoss, Leading, Mix, Patches, RmsNorm, Rotate, SparseLinear
+from lamina.packed import Packed, PackedLinear, pack, packable
 
 if TYPE_CHECKING:
     from lamina.coding import Coding
     from lamina.data.task import Shard
     from lamina.job import Local, Turn
     from lamina.layout import Params
+    from lamina.spec import Act, Pool
 
 T = TypeVar("T")
 Draw = Callable[[], np.random.Generator]
@@ -41,32 +41,30 @@ SLICE_TOKENS = 256
 """Tokens that run through a block at a time where nothing else asks for more: as few as keep the kernels busy."""
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How much each of some outputs learns from the targets, and from each other output.
-
-    Attributes:
-        hard: Of each, the weight of the cross-entropy with the targets.
-        soft: Row i: of each j, the weight of KL(p_j || p_i).
-    """
-
-    hard: tuple[float, ...]
-    soft: tuple[tuple[float, ...], ...]
-
-    @staticmethod
-    def plain(count: int) -> Mix:
-        """Each from the targets alone, all the same, weights that add up to one."""
-        return Mix((1 / count,) * count, ((0.0,) * count,) * count)
-
-
 class Ops:
     """The kernels. Fused where torch has it, so that nothing needless is kept for backward."""
 
-    def embed(self, ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token plus position vectors, BS -> BSD."""
+    def embed(
+        self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0
+    ) -> Tensor:
+        """Token vectors BSD of ids BS, plus those of their positions, from row `first` on, plus the first type's."""
         found = tokens.rows(ids) if isinstance(tokens, Packed) else F.embedding(ids, tokens)
-        length = ids.shape[1]
-        return found + (positions.unpack() if isinstance(positions, Packed) else positions)[:length]
+        if positions is not None:
+            found = found + _plain(positions)[first : first + ids.shape[1]]
+        return found if types is None else found + _plain(types)[0]
+
+    def patches(
+        self,
+        pixels_BCYX: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        positions: Tensor,
+        leads: Tensor | None,
+        registers: Tensor | None,
+    ) -> Tensor:
+        """Leads with their positions, registers, and patches of images, mapped linearly, with theirs, BSD."""
+        tables = (None if each is None else _plain(each) for each in (weight, bias, positions, leads, registers))
+        return cast(Tensor, Patches.apply(pixels_BCYX, *tables))  # type: ignore[no-untyped-call]
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Layer norm over the last dimension."""
@@ -78,15 +76,65 @@ class Ops:
             return cast(Tensor, PackedLinear.apply(x, weight, bias))
         return F.linear(x, weight, bias)
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU, tanh form, in one kernel."""
-        return F.gelu(x, approximate="tanh")
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm over the last dimension."""
+        return cast(Tensor, RmsNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
 
-    def attention(self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int) -> Tensor:
-        """Causal softmax attention on heads laid side by side, E = H K; fused, so no S x S matrix is stored."""
-        q_BHSK, k_BHSK, v_BHSK = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q_BSE, k_BSE, v_BSE))
-        out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=True)
+    def act(self, x: Tensor, kind: Act) -> Tensor:
+        """An activation, in one kernel."""
+        match kind:
+            case "gelu_tanh":
+                return F.gelu(x, approximate="tanh")
+            case "gelu":
+                return F.gelu(x)
+            case "relu":
+                return F.relu(x)
+            case "silu":
+                return F.silu(x)
+            case "tanh":
+                return torch.tanh(x)
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Silu(gate) * up."""
+        return cast(Tensor, Gate.apply(gate, up))  # type: ignore[no-untyped-call]
+
+    def multiply(self, x: Tensor, vector: Tensor) -> Tensor:
+        """Each row of X times a vector, element by element."""
+        return x * vector
+
+    def rotate(self, x_BSE: Tensor, heads: int, theta: float) -> Tensor:
+        """Rotary positions on heads laid side by side; see `kernels.Rotate`."""
+        return cast(Tensor, Rotate.apply(x_BSE, heads, theta))  # type: ignore[no-untyped-call]
+
+    def attention(
+        self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int, causal: bool = True, hides: Tensor | None = None
+    ) -> Tensor:
+        """Softmax attention on heads laid side by side, E = H K; fused, so no S x S matrix is stored.
+
+        Keys and values may have fewer heads, of which each serves several of the queries, one after another. What
+        `hides`, [B, 1, 1, S], is added to the scores.
+        """
+        dim = q_BSE.shape[-1] // heads
+        q_BHSK, k_BHSK, v_BHSK = (x.view(*x.shape[:2], -1, dim).transpose(1, 2) for x in (q_BSE, k_BSE, v_BSE))
+        out_BHSK = F.scaled_dot_product_attention(
+            q_BHSK, k_BHSK, v_BHSK, hides, is_causal=causal, enable_gqa=k_BHSK.shape[1] < heads
+        )
         return out_BHSK.transpose(1, 2).flatten(2)
+
+    def hides(self, lengths_B: Tensor, tokens: int) -> Tensor:
+        """What hides, in attention, the tokens after the end of each text: 0, and there -inf, [B, 1, 1, S]."""
+        out_BS = torch.zeros(len(lengths_B), tokens, device=lengths_B.device)
+        beyond_BS = torch.arange(tokens, device=lengths_B.device) >= lengths_B[:, None]
+        return out_BS.masked_fill_(beyond_BS, -torch.inf)[:, None, None]
+
+    def pool(self, x_BSD: Tensor, kind: Pool, start: int, lengths_B: Tensor | None) -> Tensor:
+        """What a classification head sees of sequences, [B, 1, D], or [B, 1, 2 D]: two parts side by side.
+
+        The "mean" is over what is from `start` on and before the end.
+        """
+        batch, tokens = x_BSD.shape[:2]
+        weights_BkS = pool_weights(kind, start, lengths_B, batch, tokens).to(x_BSD.device)
+        return torch.bmm(weights_BkS, x_BSD).reshape(batch, 1, -1)
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
         """X + scale * y."""
@@ -100,12 +148,13 @@ class Ops:
         self,
         xs_BSD: Sequence[Tensor],
         weights_VD: Sequence[Tensor],
+        biases_V: Sequence[Tensor | None],
         targets_BS: Tensor,
         mix: Mix,
         labels_V: Tensor | None,
         chunked: bool,
     ) -> Tensor:
-        """Mean loss per token of outputs x W^T that learn from targets and from one another.
+        """Mean loss per token of outputs x W^T + b that learn from targets and from one another.
 
         sum_i [ hard_i CE(y, p_i) + sum_j soft_ij KL(p_j || p_i) ] with p_j constant where it teaches; with `chunked`,
         the logits of only a few tokens exist at a time.
@@ -113,12 +162,13 @@ class Ops:
         tokens = targets_BS.numel()
         size = chunk_tokens(tokens, weights_VD[0].shape[0]) if chunked else tokens
         flat = [x.flatten(0, 1) for x in xs_BSD]
-        loss = _HeadLoss.apply(targets_BS.flatten(), mix, labels_V, size, *flat, *weights_VD)  # type: ignore[no-untyped-call]
+        tensors = (*flat, *weights_VD, *biases_V)
+        loss = HeadLoss.apply(targets_BS.flatten(), mix, labels_V, size, *tensors)  # type: ignore[no-untyped-call]
         return cast(Tensor, loss)
 
-    def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
+    def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
         """X (W + S)^T + b with S zero but for `values` at `indices` of the flattened weight; W is frozen."""
-        return cast(Tensor, _SparseLinear.apply(x, weight, values, indices, bias))  # type: ignore[no-untyped-call]
+        return cast(Tensor, SparseLinear.apply(x, weight, values, indices, bias))  # type: ignore[no-untyped-call]
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
         """X * factor."""
@@ -130,7 +180,7 @@ class Ops:
             return p
         if isinstance(p, Packed):
             return cast(Tensor, p.leading(sizes))
-        return cast(Tensor, _Leading.apply(p, tuple(sizes)))  # type: ignore[no-untyped-call]
+        return cast(Tensor, Leading.apply(p, tuple(sizes)))  # type: ignore[no-untyped-call]
 
     def copy(self, x: Tensor) -> Tensor:
         """The same numbers in memory of their own, without a graph."""
@@ -276,129 +326,19 @@ def chunk_tokens(tokens: int, vocabulary: int) -> int:
     return min(tokens, max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocabulary))
 
 
-class _HeadLoss(torch.autograd.Function):
-    """`Ops.head_loss`, a few tokens at a time; forward finds the gradients as well.
-
-    With y the one-hot target, q_i = sum_j soft_ij p_j and s_i = sum_j soft_ij, the gradient with respect to the logits
-    of output i is [(hard_i + s_i) p_i - hard_i y - q_i] / N, which for an output alone overwrites its probabilities.
-    The products are those of the plain computation, no more.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, targets_N: Tensor, mix: Mix, labels_V: Tensor | None, size: int, *tensors: Tensor) -> Tensor:
-        """Mean loss."""
-        count = len(tensors) // 2
-        xs, weights, needed = tensors[:count], tensors[count:], ctx.needs_input_grad[4:]
-        found = [torch.zeros_like(each) if need else None for each, need in zip(tensors, needed, strict=True)]
-        tokens, vocabulary = len(targets_N), weights[0].shape[0]
-        total, teaching = xs[0].new_zeros(()), any(map(any, mix.soft))
-        space = xs[0].new_empty(count, size, vocabulary)
-        spare = xs[0].new_empty(2, size, vocabulary) if teaching else None
-        for start in range(0, tokens, size):
-            rows = slice(start, start + size)
-            targets = targets_N[rows, None]
-            for i, (x_ND, weight_VD) in enumerate(zip(xs, weights, strict=True)):
-                p = space[i, : len(targets)]
-                for part, slab in slabs(weight_VD):
-                    torch.mm(x_ND[rows], slab.T, out=p[:, part])
-                    del slab
-                if labels_V is not None:
-                    p.masked_fill_(~labels_V, 0)
-                picked, largest = p.gather(1, targets), p.amax(1, keepdim=True)
-                sums = p.sub_(largest).exp_().sum(1, keepdim=True)
-                p.div_(sums)
-                total += mix.hard[i] * (sums.log_().add_(largest).sub_(picked)).sum()
-                del picked, largest, sums
-            for i in range(count):
-                g = p = space[i, : len(targets)]
-                if spare is not None:
-                    g, logs = spare[:, : len(targets)]
-                    total += _divergence(mix.soft[i], space[:, : len(targets)], i, g, logs)
-                    g.neg_().add_(p, alpha=mix.hard[i] + sum(mix.soft[i]))
-                else:
-                    g.mul_(mix.hard[i])
-                if found[i] is None and found[count + i] is None:
-                    continue
-                g.scatter_add_(1, targets, torch.full_like(targets, -mix.hard[i], dtype=p.dtype)).div_(tokens)
-                if labels_V is not None:
-                    g.masked_fill_(~labels_V, 0)
-                _backward(g, xs[i][rows], weights[i], found[i], found[count + i], rows)
-        ctx.save_for_backward(*found)
-        return total / tokens
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that forward found, scaled where they stand."""
-        return None, None, None, None, *(None if each is None else each.mul_(gradient) for each in ctx.saved_tensors)
+def pool_weights(kind: Pool, start: int, lengths_B: Tensor | None, batch: int, tokens: int) -> Tensor:
+    """How much of each row of a sequence goes into each part of what its head sees, [B, k, S]."""
+    places = torch.arange(tokens)
+    ends_B = torch.full((batch,), tokens) if lengths_B is None else lengths_B.cpu()
+    first_BS = (places == 0).float().expand(batch, tokens)
+    if kind == "first":
+        return first_BS[:, None].contiguous()
+    if kind == "last":
+        return (places == ends_B[:, None] - 1).float()[:, None]
+    within_BS = ((places >= start) & (places < ends_B[:, None])).float()
+    mean_BS = within_BS.div_(within_BS.sum(1, keepdim=True))
+    return mean_BS[:, None] if kind == "mean" else torch.stack([first_BS, mean_BS], 1)
 
 
-def _divergence(soft: Sequence[float], ps: Tensor, i: int, q: Tensor, logs: Tensor) -> Tensor:
-    """Sum over tokens of sum_j soft_j KL(p_j || p_i); leaves sum_j soft_j p_j in q."""
-    total, least = ps.new_zeros(()), math.log(torch.finfo(ps.dtype).tiny)  # for what is 0 but for rounding
-    q.zero_()
-    for weight, p in zip(soft, ps, strict=True):
-        if weight:
-            torch.log(p, out=logs).clamp_(min=least)
-            total += weight * torch.dot(p.reshape(-1), logs.reshape(-1))
-            q.add_(p, alpha=weight)
-    torch.log(ps[i], out=logs).clamp_(min=least)
-    return total - torch.dot(q.reshape(-1), logs.reshape(-1))
-
-
-def _backward(
-    g_NV: Tensor, x_ND: Tensor, weight_VD: Tensor, of_x: Tensor | None, of_weight: Tensor | None, rows: slice
-) -> None:
-    """Add to the gradients of x and W what comes through the logits' gradient."""
-    if of_x is not None:
-        for part, slab in slabs(weight_VD):
-            of_x[rows].addmm_(g_NV[:, part], slab)
-            del slab
-    if of_weight is not None:
-        of_weight.addmm_(g_NV.T, x_ND)
-
-
-class _SparseLinear(torch.autograd.Function):
-    """`Ops.sparse_linear`; the sum of the weights is made anew in backward instead of being kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
-        """Keeps x and the indices."""
-        ctx.save_for_backward(x, values, indices)
-        ctx.weight = weight
-        return F.linear(x, plus_sparse(weight, values, indices), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, Tensor | None]:
-        """Gradients of x, the values and b."""
-        x, values, indices = ctx.saved_tensors
-        of_x = gradient @ plus_sparse(ctx.weight, values, indices) if ctx.needs_input_grad[0] else None
-        of_values = None
-        if ctx.needs_input_grad[2]:
-            dense = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-            of_values = dense.view(-1)[indices]
-            del dense
-        return of_x, None, of_values, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
-
-
-def plus_sparse(weight: Tensor | Packed, values: Tensor, indices: Tensor) -> Tensor:
-    """W + S, whole."""
-    whole = weight.unpack() if isinstance(weight, Packed) else weight.clone()
-    whole.view(-1).index_add_(0, indices, values)
-    return whole
-
-
-class _Leading(torch.autograd.Function):
-    """`Ops.leading`; the gradient is zero elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """A view."""
-        ctx.shape = p.shape
-        return p[tuple(map(slice, sizes))]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Padded with zeros."""
-        whole = gradient.new_zeros(ctx.shape)
-        whole[tuple(map(slice, gradient.shape))] = gradient
-        return whole, None
+def _plain(p: Tensor | Packed) -> Tensor:
+    return p.unpack() if isinstance(p, Packed) else p

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lamina import model
 from lamina.job import Job
+from lamina.kernels import Mix
 from lamina.layout import Axis, Layout, Params
 from lamina.methods.base import Objective
-from lamina.model import Output, Spec
-from lamina.ops import Mix, Ops
+from lamina.model import Batch, Output
+from lamina.ops import Ops
+from lamina.spec import Spec
 
 _INPUT, _TOP = -1, -2
 """Stages of a step besides the blocks: the embedding, and the final norm with the head."""
@@ -102,6 +104,7 @@ class _Pass(NamedTuple):
     Attributes:
         params: Of the network that passes.
         stages: Lowest first; whoever goes through them empties them.
+        hides: What attention adds to its scores; see `model.Batch`.
         loss: Mean loss, without a graph.
         share: Of the pass in the gradient.
         counted: Whether its loss is what is reported.
@@ -110,6 +113,7 @@ class _Pass(NamedTuple):
 
     params: Mapping[str, Tensor]
     stages: list[_Stage]
+    hides: Tensor | None
     loss: Tensor
     share: float
     counted: bool
@@ -152,7 +156,7 @@ class Passes:
         for drawn in self._ops.drawn(self._drawable, index):
             yield [*[self._params] * self._objective.distill, drawn]
 
-    def losses(self, number: int, inputs: Tensor, targets_BS: Tensor) -> Iterator[tuple[Tensor, float, bool]]:
+    def losses(self, number: int, inputs: Batch, targets_BS: Tensor) -> Iterator[tuple[Tensor, float, bool]]:
         """Mean loss of each pass of a step, its share, and whether it is the one that is reported."""
         for networks in self.networks(number):
             for each in self.passes(networks, inputs, targets_BS):
@@ -160,24 +164,26 @@ class Passes:
                 assert loss is not None
                 yield loss, each.share, each.counted
 
-    def passes(self, networks: Sequence[Mapping[str, Tensor]], inputs: Tensor, targets_BS: Tensor) -> Iterator[_Pass]:
+    def passes(self, networks: Sequence[Mapping[str, Tensor]], inputs: Batch, targets_BS: Tensor) -> Iterator[_Pass]:
         """Forward, in as many passes as a step takes."""
         count = len(targets_BS)
         for rows in self._ops.slices(count, self._levers.micro_batch or count):
             share = (rows.stop - rows.start) / count
             teacher: Output | None = None
+            given = inputs[rows]
             for place, params in enumerate(networks, 1):
-                stages, loss, output = self._forward(params, inputs[rows], targets_BS[rows], teacher)
+                stages, hides, loss, output = self._forward(params, given, targets_BS[rows], teacher)
                 teacher = output if place < len(networks) else None
                 del output
-                yield _Pass(params, stages, loss, share, place == 1, rows.stop == count and not teacher)
-                del stages, loss
+                yield _Pass(params, stages, hides, loss, share, place == 1, rows.stop == count and not teacher)
+                del stages, hides, loss
 
     def _forward(
-        self, params: Mapping[str, Tensor], inputs: Tensor, targets_BS: Tensor, teacher: Output | None
-    ) -> tuple[list[_Stage], Tensor, Output | None]:
-        """The stages of a pass, lowest first, its mean loss, and the output that is to teach, both without a graph."""
-        x_BSD, levers = self._bottom(params, inputs), self._levers
+        self, params: Mapping[str, Tensor], inputs: Batch, targets_BS: Tensor, teacher: Output | None
+    ) -> tuple[list[_Stage], Tensor | None, Tensor, Output | None]:
+        """The stages of a pass, what hides, its mean loss, and the output that is to teach, both without a graph."""
+        hides = inputs.hides(self._spec, self._spec.length(inputs.x.shape[1]), self._ops)
+        x_BSD, levers, lengths_B = self._bottom(params, inputs.x, hides), self._levers, inputs.lengths_B
         self._ops.moment("forward")
         stages: list[_Stage] = []
         staged = levers.recompute or levers.fused_update
@@ -191,24 +197,24 @@ class Passes:
 
         x_BSD = cut()
         if self._first - 1 in self._exits:
-            outputs.append(Output(x_BSD, self._first - 1, params))
+            outputs.append(Output(x_BSD, self._first - 1, params, False, lengths_B))
         for block in self._upper:
             leaf = x_BSD
             run = self._run_slices if levers.recompute else self._run
-            x_BSD = run(params, leaf, block)
+            x_BSD = run(params, leaf, block, hides)
             if staged and (stages or block in self._trained):
                 stages.append(_Stage(block, leaf, None if levers.recompute else x_BSD))
             x_BSD = cut()
             if block in self._exits:
-                outputs.append(Output(x_BSD, block, params))
+                outputs.append(Output(x_BSD, block, params, False, lengths_B))
         if self._spec.blocks in self._exits:
-            outputs.append(Output(x_BSD, self._spec.blocks, params))
+            outputs.append(Output(x_BSD, self._spec.blocks, params, False, lengths_B))
         self._ops.moment("loss")
         loss = self._loss(outputs, targets_BS, teacher)
         stages.append(_Stage(_TOP, x_BSD if staged else None, loss))
         if not self._objective.distill:
-            return stages, loss.detach(), None  # nothing may live longer than backward needs it
-        return stages, loss.detach(), replace(outputs[-1], x_BSD=outputs[-1].x_BSD.detach(), fixed=True)
+            return stages, hides, loss.detach(), None  # nothing may live longer than backward needs it
+        return stages, hides, loss.detach(), replace(outputs[-1], x_BSD=outputs[-1].x_BSD.detach(), fixed=True)
 
     def _loss(self, outputs: list[Output], targets_BS: Tensor, teacher: Output | None) -> Tensor:
         count, mutual, mix = len(outputs), self._objective.mutual, None
@@ -219,27 +225,27 @@ class Passes:
             mix = Mix((1.0,) * count, tuple(tuple(others * (i != j) for j in range(count)) for i in range(count)))
         return model.loss(self._spec, outputs, targets_BS, mix, self._labels, self._levers.chunked_loss, self._ops)
 
-    def _bottom(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    def _bottom(self, params: Mapping[str, Tensor], x: Tensor, hides: Tensor | None) -> Tensor:
         """What the lowest trained block sees, BSD; with a graph only if the embedding trains."""
         if self._cached:
-            return inputs
+            return x
         self._ops.moment("prefix" if self._frozen else "forward")
-        x_BSD = model.embed(self._spec, params, inputs, self._ops)
+        x_BSD = model.embed(self._spec, params, x, self._ops)
         with torch.no_grad():
             for block in self._frozen:
                 run = self._run_slices if self._levers.recompute else self._run
-                x_BSD = run(params, x_BSD, block)
+                x_BSD = run(params, x_BSD, block, hides)
         return x_BSD
 
-    def _run(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int) -> Tensor:
-        return model.run_blocks(self._spec, params, x_BSD, [block], self._ops)
+    def _run(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int, hides: Tensor | None) -> Tensor:
+        return model.run_blocks(self._spec, params, x_BSD, [block], self._ops, hides)
 
     @torch.no_grad()
-    def _run_slices(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int) -> Tensor:
+    def _run_slices(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int, hides: Tensor | None) -> Tensor:
         """A block on a few sequences at a time, without a graph."""
         out_BSD = self._ops.empty_like(x_BSD)
         for rows in self._few(x_BSD):
-            out_BSD[rows] = self._run(params, x_BSD[rows], block)
+            out_BSD[rows] = self._run(params, x_BSD[rows], block, _rows_of(hides, rows))
         return out_BSD
 
     def _few(self, x_BSD: Tensor) -> Iterator[slice]:
@@ -260,14 +266,14 @@ class Trainer(Passes):
         super().__init__(spec, job, params, aside, objective, cached, ops)
         self._groups, self._clip = groups_of(spec, job, params, aside, ops), job.local.clip
 
-    def step(self, number: int, inputs: Tensor, targets_BS: Tensor) -> float:
+    def step(self, number: int, inputs: Batch, targets_BS: Tensor) -> float:
         """One optimizer step on a batch; returns its mean loss."""
         loss = 0.0
         for networks in self.networks(number):
             loss = self._step(networks, inputs, targets_BS)
         return loss
 
-    def _step(self, networks: Sequence[Mapping[str, Tensor]], inputs: Tensor, targets_BS: Tensor) -> float:
+    def _step(self, networks: Sequence[Mapping[str, Tensor]], inputs: Batch, targets_BS: Tensor) -> float:
         """A step along the sum of the gradients of some networks of the same tensors."""
         norm: Tensor | None = None
         if self._clip and self._levers.fused_update:
@@ -285,7 +291,7 @@ class Trainer(Passes):
     def _gradients(
         self,
         networks: Sequence[Mapping[str, Tensor]],
-        inputs: Tensor,
+        inputs: Batch,
         targets_BS: Tensor,
         finish: Callable[[Group], None],
     ) -> float:
@@ -294,20 +300,15 @@ class Trainer(Passes):
         for each in self.passes(networks, inputs, targets_BS):
             total += each.share * each.loss.item() if each.counted else 0.0
             fused = self._levers.fused_update and each.last
-            self._backward(each.params, each.stages, each.share, finish if fused else None)
+            self._backward(each, finish if fused else None)
         if not self._levers.fused_update:
             self._groups[_TOP].complete()
             finish(self._groups[_TOP])
         return total
 
-    def _backward(
-        self,
-        params: Mapping[str, Tensor],
-        stages: list[_Stage],
-        share: float,
-        finish: Callable[[Group], None] | None,
-    ) -> None:
-        """Add `share` of the gradient of the stages' loss, stage by stage from the top."""
+    def _backward(self, each: _Pass, finish: Callable[[Group], None] | None) -> None:
+        """Add the share of a pass in the gradient, stage by stage from the top."""
+        stages, share = each.stages, each.share
         gradient = None if share == 1 else self._ops.tensor(np.array(share, dtype=np.float32))
         while stages:
             block, leaf, out = stages.pop()
@@ -317,7 +318,7 @@ class Trainer(Passes):
                 gradient = None if leaf is None else leaf.grad
             else:
                 assert leaf is not None and gradient is not None
-                self._rerun(params, leaf, block, gradient)
+                self._rerun(each, leaf, block, gradient)
                 if leaf.grad is not None:
                     gradient.add_(leaf.grad)
             del leaf, out
@@ -325,10 +326,16 @@ class Trainer(Passes):
                 self._groups[block].complete()
                 finish(self._groups[block])
 
-    def _rerun(self, params: Mapping[str, Tensor], x_BSD: Tensor, block: int, gradient_BSD: Tensor) -> None:
+    def _rerun(self, each: _Pass, x_BSD: Tensor, block: int, gradient_BSD: Tensor) -> None:
         """Backward of a block from its input; the gradient is turned from that of its output into that of its input."""
         for rows in self._few(x_BSD):
             leaf = x_BSD[rows].detach().requires_grad_(x_BSD.requires_grad)
-            self._run(params, leaf, block).backward(gradient_BSD[rows])  # type: ignore[no-untyped-call]
+            out = self._run(each.params, leaf, block, _rows_of(each.hides, rows))
+            out.backward(gradient_BSD[rows])  # type: ignore[no-untyped-call]
+            del out
             if leaf.grad is not None:
                 gradient_BSD[rows] = leaf.grad
+
+
+def _rows_of(hides: Tensor | None, rows: slice) -> Tensor | None:
+    return None if hides is None else hides[rows]

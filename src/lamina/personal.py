@@ -12,8 +12,8 @@ from lamina.engines.local import in_threads
 from lamina.job import Job, Local, Turn
 from lamina.layout import Params
 from lamina.metrics import Score, evaluate
-from lamina.model import Spec
 from lamina.plan import Plan
+from lamina.spec import Spec
 
 
 def personalise(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lamina.layout import Axis, Layout, Params
 from lamina.levers import Levers
-from lamina.model import Spec, spec_from_json
+from lamina.spec import Spec, spec_from_json
 
 Absent = Literal["keep", "skip"]
 Gradient = Literal["backward", "forward", "zeroth"]

@@ -18,8 +18,8 @@ from lamina.job import Local, Turn
 from lamina.layout import Params
 from lamina.levers import Allowed, Levers, Rung, rungs
 from lamina.methods import Method
-from lamina.model import Spec
 from lamina.plan import Plan
+from lamina.spec import Spec
 from lamina.units import human
 
 _PLAIN = Method()

@@ -26,8 +26,8 @@ from lamina import checkpoint, files, model
 from lamina.data.text import ALPHABET, encode, normalise, read_text
 from lamina.errors import UserError
 from lamina.layout import Params
-from lamina.model import Spec
 from lamina.ops import TORCH
+from lamina.spec import Spec
 from lamina.turn import generator
 
 REPORT = "pretraining.json"

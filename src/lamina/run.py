@@ -39,9 +39,9 @@ from lamina.job import Turn
 from lamina.layout import Params
 from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
-from lamina.model import Spec
 from lamina.personal import personalise
 from lamina.server import DeviceRow, play_round
+from lamina.spec import Spec
 from lamina.state import State
 from lamina.turn import generator
 

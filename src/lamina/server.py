@@ -13,9 +13,9 @@ from lamina.engines import Engine
 from lamina.estimators import unfold
 from lamina.experiment import Outlook
 from lamina.job import Failure, Job, Turn, Update
-from lamina.model import Spec
 from lamina.planner import choose_plan
 from lamina.shapes import FLOAT_BYTES
+from lamina.spec import Spec
 from lamina.state import TOTALS, State
 
 

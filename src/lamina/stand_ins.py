@@ -13,8 +13,10 @@ from lamina import optim
 from lamina.layout import Layout
 from lamina.plan import Plan
 from lamina.shapes import FLOAT_BYTES, Allocation, Shape
+from lamina.spec import Spec
 
 if TYPE_CHECKING:
+    from lamina.job import Turn
     from lamina.ledger import Ledger
 
 
@@ -46,20 +48,28 @@ class Held(Mapping[str, Tensor]):
 
 @dataclass
 class Blank:
-    """Examples of which the tokens are as different as can be."""
+    """Examples of which the tokens are as different as can be, and texts as long as can be."""
 
+    spec: Spec
     examples: int
     tokens: int
-    vocabulary: int
 
     def __len__(self) -> int:
         """Number of examples."""
         return self.examples
 
     def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, int64 [rows, tokens] each."""
-        ids = (np.arange(len(rows) * self.tokens) % self.vocabulary).reshape(-1, self.tokens)
-        return ids, ids
+        """Inputs and targets, as any shard gives them to this network."""
+        spec, count = self.spec, len(rows)
+        labels = np.zeros((count, 1), np.int64)
+        if spec.patch:
+            return np.zeros((count, spec.channels, spec.image, spec.image), np.float32), labels
+        ids = (np.arange(count * self.tokens) % spec.vocab).reshape(-1, self.tokens)
+        return ids, labels if spec.labels else ids
+
+    def at(self, turn: Turn) -> Blank:
+        """The same in every turn."""
+        return self
 
 
 class Cache:

@@ -27,9 +27,9 @@ from lamina import client
 from lamina.data.task import Shard
 from lamina.flash import Flash
 from lamina.job import Job, Update
-from lamina.model import Spec
 from lamina.ops import Ops
 from lamina.packed import Packed
+from lamina.spec import Spec
 from lamina.timeline import Storage, Timeline
 
 T = TypeVar("T")

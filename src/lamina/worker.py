@@ -22,8 +22,8 @@ from lamina.job import Job, Local, Turn
 from lamina.levers import Levers
 from lamina.limits import lacks_memory, limited, resident_peak, start_count, traceless
 from lamina.methods import from_table
-from lamina.model import Lora, Spec, spec_from_json
 from lamina.plan import GRADIENTS, Plan
+from lamina.spec import Lora, Spec, spec_from_json
 from lamina.units import human
 from lamina.watch import count_allocations, watch_job
 

@@ -345,7 +345,7 @@ def _whole(table: np.ndarray, rows: np.ndarray, columns: np.ndarray, rng: np.ran
 
     Rounded down, then up where the remainder is largest and both sums have room; what is left goes anywhere.
     """
-    counts = np.floor(table).astype(np.int64)
+    counts: np.ndarray = np.floor(table).astype(np.int64)
     short, room = (rows - counts.sum(axis=1)).tolist(), (columns - counts.sum(axis=0)).tolist()
     rest = table - counts
     places = rng.permutation(np.flatnonzero(rest > 1e-3))
@@ -369,8 +369,9 @@ def _owners(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) ->
 
 def _by_owner(labels: np.ndarray, owners: np.ndarray, parts: int) -> list[np.ndarray]:
     """Sample indices of each owner, label by label."""
-    ends = np.cumsum(np.bincount(owners, minlength=parts))
-    return np.split(np.lexsort((labels, owners)), ends[:-1])
+    order: np.ndarray = np.lexsort((labels, owners))
+    dealt: list[np.ndarray] = np.split(order, np.cumsum(np.bincount(owners, minlength=parts))[:-1])
+    return dealt
 
 
 def _cut(order: np.ndarray, parts: int) -> list[np.ndarray]:

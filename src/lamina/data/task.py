@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from lamina.job import Turn
 
 
 class Shard(Protocol):
@@ -16,7 +19,15 @@ class Shard(Protocol):
         """Number of examples."""
 
     def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the examples `rows`, int64 [rows, tokens] each."""
+        """Inputs and targets of the examples `rows`.
+
+        Causal text: ids and the ids that follow, int64 [rows, tokens] each. Texts with a label: ids, int64 [rows,
+        tokens of the longest], -1 beyond the end of each, and labels, int64 [rows, 1]. Images: pixels, normalised,
+        float32 [rows, channels, height, width], and labels, int64 [rows, 1].
+        """
+
+    def at(self, turn: Turn) -> Shard:
+        """The examples as they are in that turn: images change from round to round, most others never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +35,8 @@ class Pairs:
     """Examples as two arrays, in memory or mapped from a file.
 
     Attributes:
-        inputs: int64 [examples, tokens].
-        targets: int64 [examples, tokens].
+        inputs: As in `Shard.batch`, of all examples.
+        targets: The same.
     """
 
     inputs: np.ndarray
@@ -36,8 +47,12 @@ class Pairs:
         return len(self.inputs)
 
     def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the examples `rows`, int64 [rows, tokens] each."""
+        """Inputs and targets of the examples `rows`."""
         return np.asarray(self.inputs[rows]), np.asarray(self.targets[rows])
+
+    def at(self, turn: Turn) -> Pairs:
+        """The same in every turn."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from lamina.data.task import Shard
 from lamina.device import Devices
 from lamina.engines.local import in_threads
 from lamina.job import Failure, Job, Update
-from lamina.model import Spec
+from lamina.spec import Spec
 
 
 class EnforcedEngine:

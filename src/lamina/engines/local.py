@@ -9,7 +9,7 @@ from typing import TypeVar
 from lamina import client
 from lamina.data.task import Shard
 from lamina.job import Job, Update
-from lamina.model import Spec
+from lamina.spec import Spec
 
 T = TypeVar("T")
 

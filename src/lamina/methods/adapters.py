@@ -11,8 +11,9 @@ from lamina.job import Turn
 from lamina.layout import Params
 from lamina.methods.base import suffix_label
 from lamina.methods.lora import Added
-from lamina.model import ADAPTER_STD, Spec
+from lamina.model import ADAPTER_STD
 from lamina.plan import Plan
+from lamina.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from lamina import model
 from lamina.estimators import PROJECTED
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Axis, Params
-from lamina.model import Spec
 from lamina.ops import Ops
 from lamina.plan import Absent, Plan, Vote, merge, narrow
+from lamina.spec import Spec
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet

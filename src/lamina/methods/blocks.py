@@ -17,8 +17,8 @@ from lamina.layout import Params
 from lamina.levers import Levers
 from lamina.methods.base import Method, suffix_label
 from lamina.methods.lora import FedLora
-from lamina.model import Spec
 from lamina.plan import Absent, Plan, Vote
+from lamina.spec import Spec
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet

@@ -17,9 +17,9 @@ from lamina import model
 from lamina.job import Job, Turn
 from lamina.layout import Axis, Layout, Params
 from lamina.methods.base import Method, Objective, share, suffix_label
-from lamina.model import Spec
 from lamina.ops import Ops
 from lamina.plan import Keep, Plan, Vote
+from lamina.spec import Spec
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet

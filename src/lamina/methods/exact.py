@@ -15,8 +15,8 @@ from lamina.job import Job, Turn, Update
 from lamina.layout import Params
 from lamina.methods.base import suffix_label
 from lamina.methods.lora import FedLora, Ranked, linears
-from lamina.model import Spec
 from lamina.plan import Plan, Vote, merge, narrow
+from lamina.spec import Spec
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet

@@ -10,8 +10,8 @@ from lamina import model
 from lamina.job import Turn
 from lamina.layout import Params
 from lamina.methods.lora import LowRank
-from lamina.model import Spec
 from lamina.plan import Plan
+from lamina.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from lamina import model
 from lamina.job import Job, Turn
 from lamina.layout import Axis, Layout, Params, Part
 from lamina.methods.base import Method, suffix_label
-from lamina.model import LINEARS, Lora, Spec
 from lamina.ops import Ops
 from lamina.plan import Keep, Plan, Vote
+from lamina.spec import LINEARS, Lora, Spec
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet

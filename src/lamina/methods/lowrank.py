@@ -16,9 +16,9 @@ from lamina import model
 from lamina.job import Job, Turn, Update
 from lamina.layout import Axis, Params
 from lamina.methods.base import Method, share, suffix_label
-from lamina.model import LINEARS, Factored, Spec
 from lamina.ops import Ops
 from lamina.plan import Plan, Vote, merge
+from lamina.spec import LINEARS, Factored, Spec, as_matrix
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet
@@ -124,7 +124,7 @@ class FedHM(Method):
         for name in layout.params:
             stem, _, end = name.rpartition(".")
             if end in ("coef", "basis"):
-                coef, basis = _svd(params[f"{stem}.weight"], params[f"{stem}.bias"].numel())
+                coef, basis = _svd(params[f"{stem}.weight"], as_matrix(stem, params[f"{stem}.weight"]))
                 rank = layout.sizes[Axis(f"{stem}.rank")]
                 part = coef[:, :rank] if end == "coef" else basis[:rank]
                 device[name] = part.clone(memory_format=torch.contiguous_format).reshape(layout.shape(name))
@@ -179,10 +179,10 @@ _KNOWN = WeakTensorKeyDictionary()
 """Weight -> its factors, for as long as the weight is anywhere: global tensors are never changed in place."""
 
 
-def _svd(weight: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-    """C = U sqrt(S) and B = sqrt(S) V' of a weight as a matrix with so many rows; the largest values first."""
+def _svd(weight: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """C = U sqrt(S) and B = sqrt(S) V' of a weight as a matrix; the largest values first."""
     if weight not in _KNOWN:
-        u, s, v = torch.linalg.svd(weight.reshape(outputs, -1), full_matrices=False)
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         _KNOWN[weight] = u * s.sqrt(), s.sqrt()[:, None] * v
     factors: tuple[Tensor, Tensor] = _KNOWN[weight]
     return factors
@@ -273,7 +273,7 @@ class Flanc(Method):
         layout, group, rank = model.layout(spec), spec.factored.inputs, spec.factored.rank
         plain = [model.layout(replace(network, factored=None)) for network in self.networks(spec).values()]
         made = dict(params)
-        for stem in (f"h.{i}.{short}" for i in range(spec.blocks) for short in LINEARS):
+        for stem in (f"h.{i}.{short}" for i in range(spec.blocks) for short in spec.linears):
             weight = pretrained[f"{stem}.weight"].double()
             parts = (weight[_leading(each.shape(f"{stem}.weight"))].reshape(-1, group) for each in plain)
             gram = sum((part.T @ part for part in parts), start=weight.new_zeros(group, group))

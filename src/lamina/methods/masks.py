@@ -13,8 +13,8 @@ from lamina import model
 from lamina.job import Local, Turn
 from lamina.layout import Params
 from lamina.methods.base import Method
-from lamina.model import Spec
 from lamina.plan import Plan
+from lamina.spec import Spec
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet

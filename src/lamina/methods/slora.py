@@ -16,8 +16,8 @@ from lamina.layout import Params, Part
 from lamina.methods.base import share, suffix_label
 from lamina.methods.exact import svd
 from lamina.methods.lora import FedLora, linears
-from lamina.model import Sparse, Spec
 from lamina.plan import Plan, Vote
+from lamina.spec import Sparse, Spec
 
 
 @dataclass(frozen=True)

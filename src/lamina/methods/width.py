@@ -16,14 +16,14 @@ from lamina.coding import Coding
 from lamina.job import Job, Turn, Update
 from lamina.layout import Axis, Params
 from lamina.methods.base import Method, Objective, share
-from lamina.model import Spec
 from lamina.ops import Ops
 from lamina.plan import Keep, Plan, Vote, narrow
+from lamina.spec import Spec
 
 if TYPE_CHECKING:
     from lamina.planner import Fleet
 
-_EMBED, _HEAD_DIM, _VOCAB = Axis("embed"), Axis("head_dim"), Axis("vocab")
+_EMBED, _HEAD_DIM = Axis("embed"), Axis("head_dim")
 _LABELS = "labels"
 
 
@@ -210,7 +210,7 @@ class Scaled(Width):
 
     def sends(self, spec: Spec, plan: Plan, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """What it trains, and a byte per token: whether it is one of the device's own."""
-        labels = {_LABELS: ((spec.vocab,), torch.bool)} if self.own_labels else {}
+        labels = {_LABELS: ((spec.outputs,), torch.bool)} if self.own_labels else {}
         return super().sends(spec, plan, steps) | labels
 
     def finish(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> tuple[Params, Params]:
@@ -223,13 +223,13 @@ class Scaled(Width):
         vote = super().decode(update, job, spec)
         if not self.own_labels:
             return vote
-        own, layout = update.arrays[_LABELS].nonzero().flatten(), model.layout(spec)
+        own, layout, outputs = update.arrays[_LABELS].nonzero().flatten(), model.layout(spec), spec.output_axis
         arrays: Params = {}
         for name in job.plan.trains:
             axes = layout.params[name].axes
             array = update.arrays[name]
-            arrays[name] = array.index_select(axes.index(_VOCAB), own) if _VOCAB in axes else array
-        keep = {**job.plan.keep, _VOCAB: Keep(len(own), units=tuple(own.tolist()))}
+            arrays[name] = array.index_select(axes.index(outputs), own) if outputs in axes else array
+        keep = {**job.plan.keep, outputs: Keep(len(own), units=tuple(own.tolist()))}
         return replace(vote, plan=replace(job.plan, keep=keep), arrays=arrays)
 
 

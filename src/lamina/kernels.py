@@ -1,0 +1,310 @@
+"""Kernels with a backward pass of their own: they keep less for it than torch's would, or what they keep is known.
+
+Shape legend: as in `lamina.model`, and N tokens, k rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamina.packed import Packed, slabs
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How much each of some outputs learns from the targets, and from each other output.
+
+    Attributes:
+        hard: Of each, the weight of the cross-entropy with the targets.
+        soft: Row i: of each j, the weight of KL(p_j || p_i).
+    """
+
+    hard: tuple[float, ...]
+    soft: tuple[tuple[float, ...], ...]
+
+    @staticmethod
+    def plain(count: int) -> Mix:
+        """Each from the targets alone, all the same, weights that add up to one."""
+        return Mix((1 / count,) * count, ((0.0,) * count,) * count)
+
+
+class HeadLoss(torch.autograd.Function):
+    """`Ops.head_loss`, a few tokens at a time; forward finds the gradients as well.
+
+    With y the one-hot target, q_i = sum_j soft_ij p_j and s_i = sum_j soft_ij, the gradient with respect to the logits
+    of output i is [(hard_i + s_i) p_i - hard_i y - q_i] / N, which for an output alone overwrites its probabilities.
+    The products are those of the plain computation, no more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, targets_N: Tensor, mix: Mix, labels_V: Tensor | None, size: int, *tensors: Tensor | None
+    ) -> Tensor:
+        """Mean loss; `tensors` are what the heads see, their weights, and their biases or None."""
+        count = len(tensors) // 3
+        needed = ctx.needs_input_grad[4:]
+        found = [
+            torch.zeros_like(each) if each is not None and need else None
+            for each, need in zip(tensors, needed, strict=True)
+        ]
+        xs, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        assert xs[0] is not None and weights[0] is not None
+        tokens, vocabulary = len(targets_N), weights[0].shape[0]
+        total, teaching = xs[0].new_zeros(()), any(map(any, mix.soft))
+        space = xs[0].new_empty(count, size, vocabulary)
+        spare = xs[0].new_empty(2, size, vocabulary) if teaching else None
+        for start in range(0, tokens, size):
+            rows = slice(start, start + size)
+            targets = targets_N[rows, None]
+            for i, (x_ND, weight_VD, bias_V) in enumerate(zip(xs, weights, biases, strict=True)):
+                assert x_ND is not None and weight_VD is not None
+                p = space[i, : len(targets)]
+                for part, slab in slabs(weight_VD):
+                    torch.mm(x_ND[rows], slab.T, out=p[:, part])
+                    del slab
+                if bias_V is not None:
+                    p.add_(bias_V)
+                if labels_V is not None:
+                    p.masked_fill_(~labels_V, 0)
+                picked, largest = p.gather(1, targets), p.amax(1, keepdim=True)
+                sums = p.sub_(largest).exp_().sum(1, keepdim=True)
+                p.div_(sums)
+                total += mix.hard[i] * (sums.log_().add_(largest).sub_(picked)).sum()
+                del picked, largest, sums
+            for i in range(count):
+                g = p = space[i, : len(targets)]
+                if spare is not None:
+                    g, logs = spare[:, : len(targets)]
+                    total += _divergence(mix.soft[i], space[:, : len(targets)], i, g, logs)
+                    g.neg_().add_(p, alpha=mix.hard[i] + sum(mix.soft[i]))
+                else:
+                    g.mul_(mix.hard[i])
+                if all(each is None for each in found[i::count]):
+                    continue
+                g.scatter_add_(1, targets, torch.full_like(targets, -mix.hard[i], dtype=p.dtype)).div_(tokens)
+                if labels_V is not None:
+                    g.masked_fill_(~labels_V, 0)
+                _head_backward(g, xs[i], weights[i], found[i::count], rows)
+        ctx.save_for_backward(*found)
+        return total / tokens
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that forward found, scaled where they stand."""
+        return None, None, None, None, *(None if each is None else each.mul_(gradient) for each in ctx.saved_tensors)
+
+
+def _divergence(soft: Sequence[float], ps: Tensor, i: int, q: Tensor, logs: Tensor) -> Tensor:
+    """Sum over tokens of sum_j soft_j KL(p_j || p_i); leaves sum_j soft_j p_j in q."""
+    total, least = ps.new_zeros(()), math.log(torch.finfo(ps.dtype).tiny)  # for what is 0 but for rounding
+    q.zero_()
+    for weight, p in zip(soft, ps, strict=True):
+        if weight:
+            torch.log(p, out=logs).clamp_(min=least)
+            total += weight * torch.dot(p.reshape(-1), logs.reshape(-1))
+            q.add_(p, alpha=weight)
+    torch.log(ps[i], out=logs).clamp_(min=least)
+    return total - torch.dot(q.reshape(-1), logs.reshape(-1))
+
+
+def _head_backward(
+    g_NV: Tensor, x_ND: Tensor | None, weight_VD: Any, found: Sequence[Tensor | None], rows: slice
+) -> None:
+    """Add to the gradients of x, W and b what comes through the logits' gradient."""
+    of_x, of_weight, of_bias = found
+    assert x_ND is not None
+    if of_x is not None:
+        for part, slab in slabs(weight_VD):
+            of_x[rows].addmm_(g_NV[:, part], slab)
+            del slab
+    if of_weight is not None:
+        of_weight.addmm_(g_NV.T, x_ND[rows])
+    if of_bias is not None:
+        of_bias.add_(g_NV.sum(0))
+
+
+class SparseLinear(torch.autograd.Function):
+    """`Ops.sparse_linear`; the sum of the weights is made anew in backward instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+        """Keeps x and the indices."""
+        ctx.save_for_backward(x, values, indices)
+        ctx.weight = weight
+        return F.linear(x, plus_sparse(weight, values, indices), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, Tensor | None]:
+        """Gradients of x, the values and b."""
+        x, values, indices = ctx.saved_tensors
+        of_x = gradient @ plus_sparse(ctx.weight, values, indices) if ctx.needs_input_grad[0] else None
+        of_values = None
+        if ctx.needs_input_grad[2]:
+            dense = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+            of_values = dense.view(-1)[indices]
+            del dense
+        return of_x, None, of_values, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+
+
+def plus_sparse(weight: Tensor | Packed, values: Tensor, indices: Tensor) -> Tensor:
+    """W + S, whole."""
+    whole = weight.unpack() if isinstance(weight, Packed) else weight.clone()
+    whole.view(-1).index_add_(0, indices, values)
+    return whole
+
+
+class Leading(torch.autograd.Function):
+    """`Ops.leading`; the gradient is zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """A view."""
+        ctx.shape = p.shape
+        return p[tuple(map(slice, sizes))]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Padded with zeros."""
+        whole = gradient.new_zeros(ctx.shape)
+        whole[tuple(map(slice, gradient.shape))] = gradient
+        return whole, None
+
+
+class RmsNorm(torch.autograd.Function):
+    """X / sqrt(mean(x^2) + eps) * w over the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Keeps x, w and the inverse root per row."""
+        rstd = _rstd(x, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """With n = x r: of x, r (g w - n mean(g w n)); of w, the sum of g n."""
+        x, weight, rstd = ctx.saved_tensors
+        n = x * rstd
+        of_weight = (gradient * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient * weight
+            inner = torch.linalg.vecdot(of_x, n)[..., None].div_(x.shape[-1])
+            of_x.sub_(n.mul_(inner)).mul_(rstd)
+        return of_x, of_weight, None
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    squares: Tensor = torch.linalg.vecdot(x, x)[..., None]
+    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class Gate(torch.autograd.Function):
+    """Silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """Keeps both, not the activation."""
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The activation is found again."""
+        gate, up = ctx.saved_tensors
+        of_up = F.silu(gate).mul_(gradient) if ctx.needs_input_grad[1] else None
+        of_gate = None
+        if ctx.needs_input_grad[0]:
+            through = gradient * up
+            of_gate = torch.ops.aten.silu_backward(through, gate)
+            del through
+        return of_gate, of_up
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary positions: component i of a head and i + K / 2 turn together by the angle S theta^(-2 i / K)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSE: Tensor, heads: int, theta: float) -> Tensor:
+        """Keeps nothing."""
+        ctx.heads, ctx.theta = heads, theta
+        return turned(x_BSE, heads, theta, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Turned back."""
+        return turned(gradient, ctx.heads, ctx.theta, -1.0), None, None
+
+
+def turned(x_BSE: Tensor, heads: int, theta: float, sign: float) -> Tensor:
+    """Each head of X turned by its positions, or back."""
+    tokens, dim = x_BSE.shape[1], x_BSE.shape[2] // heads
+    rates = 1.0 / theta ** (torch.arange(0, dim, 2, device=x_BSE.device).float() / dim)
+    angles = torch.outer(torch.arange(tokens, device=x_BSE.device).float(), rates)
+    cos, sin = angles.cos()[:, None], angles.sin_()[:, None].mul_(sign)
+    del angles
+    out_BSE = torch.empty_like(x_BSE)
+    halves = (each.view(*x_BSE.shape[:2], heads, 2, -1) for each in (x_BSE, out_BSE))
+    (a, b), (left, right) = (each.unbind(3) for each in halves)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=right).addcmul_(a, sin)
+    return out_BSE
+
+
+class Patches(torch.autograd.Function):
+    """What a vision Transformer makes of images: leads, registers, and a linear map of each patch, with positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pixels_BCYX: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        positions: Tensor,
+        leads: Tensor | None,
+        registers: Tensor | None,
+    ) -> Tensor:
+        """Keeps the images."""
+        ctx.save_for_backward(pixels_BCYX)
+        ctx.weight_shape = weight.shape
+        counts = [0 if each is None else len(each) for each in (leads, registers)]
+        ctx.counts = counts
+        patches_BND = F.linear(unfolded(pixels_BCYX, weight.shape[-1]), weight.flatten(1), bias)
+        batch, number, width = patches_BND.shape
+        out_BSD = patches_BND.new_empty(batch, number + sum(counts), width)
+        if leads is not None:
+            out_BSD[:, : counts[0]] = leads + positions[: counts[0]]
+        if registers is not None:
+            out_BSD[:, counts[0] : sum(counts)] = registers
+        torch.add(patches_BND, positions[counts[0] :], out=out_BSD[:, sum(counts) :])
+        return out_BSD
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BSD: Tensor) -> tuple[Tensor | None, ...]:
+        """Images get none; patches are cut out again."""
+        (pixels_BCYX,) = ctx.saved_tensors
+        leads, registers = ctx.counts
+        per_place = gradient_BSD.sum(0)
+        of_patches = gradient_BSD[:, leads + registers :].flatten(0, 1)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            patches = unfolded(pixels_BCYX, ctx.weight_shape[-1]).flatten(0, 1)
+            of_weight = (of_patches.T @ patches).view(ctx.weight_shape)
+        of_leads, of_registers, rest = per_place.tensor_split([leads, leads + registers])
+        found = (of_weight, rest.sum(0), torch.cat([of_leads, rest]), of_leads.clone(), of_registers.clone())
+        return None, *(each if need else None for each, need in zip(found, ctx.needs_input_grad[1:], strict=True))
+
+
+def unfolded(pixels_BCYX: Tensor, side: int) -> Tensor:
+    """Images -> patches, row by row, [B, patches, C side side]."""
+    batch, channels, height, width = pixels_BCYX.shape
+    rows, columns = height // side, width // side
+    cut = pixels_BCYX.view(batch, channels, rows, side, columns, side)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)

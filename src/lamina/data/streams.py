@@ -37,7 +37,7 @@ class Text(Dealing):
         text: Column of the texts. None: the first with a usual name, such as "text".
         user: Column of the users. None: the first with a usual name, such as "user"; of .txt, the name of the file.
         window: Tokens the network sees.
-        stride: Tokens between training windows. As many as `window`: every token is a target once per epoch.
+        stride: Tokens between training windows. None: as many as `window`; every token is a target once per epoch.
         scored: Positions at the end of a test window that count, and the tokens between test windows. With k, every
             token of the test part counts once and is seen with window - k + 1 to window tokens of context; up to k - 1
             at its end do not count.
@@ -53,7 +53,7 @@ class Text(Dealing):
     text: str | None = None
     user: str | None = None
     window: int = 128
-    stride: int = 128
+    stride: int | None = None
     scored: int = 32
     train_fraction: float = 0.9
     test_windows: int | None = None
@@ -62,7 +62,7 @@ class Text(Dealing):
         """Refuse fields that are out of range."""
         super().__post_init__()
         demand("window", self.window, self.window >= 2, "at least 2")
-        demand("stride", self.stride, self.stride >= 1, "at least 1")
+        demand("stride", self.stride, self.stride is None or self.stride >= 1, "at least 1")
         demand("scored", self.scored, 1 <= self.scored <= self.window, f"from 1 to window = {self.window}")
         demand("train_fraction", self.train_fraction, 0 < self.train_fraction < 1, "above 0 and below 1")
         demand("test_windows", self.test_windows, self.test_windows is None or self.test_windows >= 1, "at least 1")
@@ -167,7 +167,7 @@ class Text(Dealing):
             train = self._stream(tokenizer, texts, self.window + 1)
             test = self._stream(tokenizer, test_texts, self.window + 1, len(train.ids))
             ids = np.concatenate([train.ids, test.ids])
-        cut = self.window, self.stride, fractions[0]
+        cut = self.window, self.stride or self.window, fractions[0]
         test_cut = self.window, self.scored, fractions[1], self.test_windows
         return _Pool(
             ids=ids,

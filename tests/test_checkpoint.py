@@ -104,6 +104,11 @@ def test_the_hidden_width_is_four_times_the_width_unless_said(folder: Path, tiny
         assert checkpoint.read_spec(folder) == replace(tiny, ffn=64)
 
 
+def test_missing_keys_are_what_they_are_in_transformers(folder: Path, tiny: Spec) -> None:
+    edit_config(folder, layer_norm_epsilon=..., activation_function=..., scale_attn_weights=..., architectures=...)
+    assert checkpoint.read_spec(folder) == tiny
+
+
 def test_alphabet_is_read_from_the_config(folder: Path) -> None:
     assert checkpoint.read_alphabet(folder) == "\ufffd abc"
     edit_config(folder, alphabet=...)
@@ -137,13 +142,17 @@ def test_a_config_that_is_no_json_object(folder: Path, content: bytes, says: str
     ("changes", "says"),
     [
         (
-            {"activation_function": "relu"},
-            "FOLDER/config.json: activation_function is 'relu'; this version runs 'gelu_new' only",
+            {"activation_function": "mish"},
+            "FOLDER/config.json: activation_function is 'mish'; accepted: gelu, gelu_new, gelu_pytorch_tanh, relu, silu, ",
         ),
-        ({"activation_function": ...}, "FOLDER/config.json: activation_function is None; this version runs"),
-        ({"model_type": "llama"}, "FOLDER/config.json: model_type is 'llama'; this version runs 'gpt2' only"),
+        ({"activation_function": None}, "FOLDER/config.json: activation_function is None; accepted: gelu, gelu_new, "),
+        ({"model_type": "lama"}, "FOLDER/config.json: model_type is 'lama'; did you mean 'llama'? accepted: gpt2, "),
+        ({"model_type": ...}, "FOLDER/config.json: model_type is None; accepted: gpt2, bert, "),
+        ({"model_type": ["gpt2"]}, "FOLDER/config.json: model_type is ['gpt2']; "),
         ({"n_layer": ...}, "FOLDER/config.json: key 'n_layer' is missing"),
-        ({"layer_norm_epsilon": ...}, "FOLDER/config.json: key 'layer_norm_epsilon' is missing"),
+        ({"n_layer": 10**9}, "FOLDER/config.json: n_layer is 1000000000; accepted: at most 1024"),
+        ({"n_embd": 10**12}, "FOLDER/config.json: n_embd is 1000000000000; accepted: at most 16777216"),
+        ({"n_embd": 15}, "FOLDER/config.json is not a usable network config: 2 heads do not divide the width 15"),
         ({"n_embd": "wide"}, "FOLDER/config.json is not a usable network config: invalid literal for int()"),
         ({"n_layer": -1}, "FOLDER/config.json is not a usable network config: sizes must be positive"),
         ({"layer_norm_epsilon": math.nan}, "FOLDER/config.json is not a usable network config: sizes must be positive"),

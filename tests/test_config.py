@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support import VARIANTS, Table
 
 from lamina.config import Experiment, dump, experiment, load_experiment, load_pretrain
+from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
 from lamina.errors import UserError, nearest
 from lamina.fleet import DeviceClass
@@ -168,7 +169,7 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         ("method.name=3", f": [method]: unknown name 3; accepted: {METHOD_NAMES}"),
         (
             "task.name='shakespear'",
-            ": [task]: unknown name 'shakespear'; did you mean 'shakespeare'? accepted: shakespeare",
+            ": [task]: unknown name 'shakespear'; did you mean 'shakespeare'? accepted: " + ", ".join(TASKS),
         ),
         ("fleet.weak.memory=0", f": [[fleet]] 1: memory {QUANTITY}; got 0"),
         ("fleet.strong.uplink='-1 MiB'", f": [[fleet]] 2: uplink {QUANTITY}; got '-1 MiB'"),

@@ -113,7 +113,7 @@ def test_any_drawing_fits(devices: int, kinds: int, width: int, seed: int) -> No
     rng = np.random.default_rng(seed)
     mix = rng.integers(0, 9, (devices, kinds)) * (rng.random((devices, kinds)) < 0.3)
     mix[:, 0] += 1
-    names = tuple("名前" * int(n) + str(row) for row, n in enumerate(rng.integers(0, 30, devices)))
+    names = tuple("名\n前" * int(n) + str(row) for row, n in enumerate(rng.integers(0, 30, devices)))
     class_of = rng.integers(0, 3, devices).tolist()
     found = spread(make_task(mix, names), class_of, ["strong", "a class with a long name indeed", "weak"])
     lines = shown(drawn(found, width), width)

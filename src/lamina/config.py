@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
+from lamina.data.task import TaskTable
 from lamina.errors import UserError, nearest
 from lamina.fleet import DeviceClass
 from lamina.job import Local
@@ -54,7 +55,7 @@ class Experiment:
     workers: int = 0
     levers: Allowed = "none"
     enforce: bool = False
-    task: Shakespeare = field(default_factory=Shakespeare)
+    task: TaskTable = field(default_factory=Shakespeare)
     method: Method = field(default_factory=METHODS["caff"])
     local: Local = field(default_factory=Local)
     fleet: tuple[DeviceClass, ...] = ()

@@ -173,7 +173,8 @@ def _bounds(columns: int) -> tuple[float, ...]:
 
 
 def _cut(text: str, cells: int) -> str:
-    """Text in at most so many cells."""
+    """Text on one line of at most so many cells."""
+    text = " ".join(text.split())
     return text if cell_len(text) <= cells else set_cell_size(text, cells - 1).rstrip() + "…"
 
 

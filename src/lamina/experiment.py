@@ -9,7 +9,6 @@ from typing import Any
 from lamina import checkpoint, networks
 from lamina.config import Experiment
 from lamina.data.task import Task
-from lamina.data.text import ALPHABET
 from lamina.errors import UserError
 from lamina.fleet import Budget, assign
 from lamina.plan import Plan
@@ -71,13 +70,21 @@ class Outlook:
 
 
 def load_task(experiment: Experiment) -> Task:
-    """The windows of every device.
+    """The examples of every device.
 
     Raises:
-        UserError: The data cannot be used.
+        UserError: The data cannot be used, or the networks do not read it alike.
     """
-    devices = experiment.task.device_count()
-    return experiment.task.load(experiment.seed, assign(experiment.fleet, devices, experiment.seed))
+    folders = [networks.find(name) for name in experiment.networks]
+    digests = [experiment.task.reads(folder) for folder in folders]
+    for folder, digest in zip(folders, digests, strict=True):
+        if digest != digests[0]:
+            raise UserError(
+                f"networks {folders[0].name} and {folder.name} do not read data alike (another tokenizer, or other "
+                "statistics of pixels), so one cannot stand for the other: name networks of one family"
+            )
+    class_of = assign(experiment.fleet, experiment.task.device_count(), experiment.seed)
+    return experiment.task.load(experiment.seed, class_of, folders[0])
 
 
 def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, Any] | None]:
@@ -116,15 +123,8 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
     work = (experiment.local, tokens, steps, experiment.levers, experiment.rounds)
     candidates = []
     folders = [networks.find(name) for name in experiment.networks]
-    for name, folder in zip(experiment.networks, folders, strict=True):
-        spec = checkpoint.read_spec(folder)
-        if spec.vocab != experiment.task.vocabulary or spec.positions < tokens:
-            raise UserError(
-                f"network {name} has {spec.vocab} symbols and {spec.positions} positions; the task needs "
-                f"{experiment.task.vocabulary} symbols and at least {tokens} positions"
-            )
-        if checkpoint.read_alphabet(folder) not in (None, ALPHABET):
-            raise UserError(f"network {name} was trained on another alphabet than the task's")
+    for folder in folders:
+        spec = experiment.task.fit(checkpoint.read_spec(folder), folder)
         candidates.append(assess(experiment.method, folder.name, spec, groups, *work))
     chosen = choose_network(experiment.method, candidates, groups, *work)
     return Outlook(class_of, groups, tuple(candidates), chosen, folders[candidates.index(chosen)], steps)

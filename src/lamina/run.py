@@ -324,9 +324,10 @@ def _anchored(experiment: Experiment) -> Experiment:
     """The same with absolute paths, so that the run can go on from anywhere."""
     embedded = networks.embedded()
     names = (name if name in embedded else str(Path(name).absolute()) for name in experiment.networks)
-    task = experiment.task
-    if task.path is not None:
-        task = replace(task, path=str(Path(task.path).absolute()))
+    task: Any = experiment.task
+    for key in ("path", "test_path"):
+        if getattr(task, key, None) is not None:
+            task = replace(task, **{key: str(Path(getattr(task, key)).absolute())})
     return replace(experiment, networks=tuple(names), task=task)
 
 
@@ -335,18 +336,30 @@ def _prepare(experiment: Experiment) -> Run:
         demand_limits()
     task = load_task(experiment)
     outlook = look_ahead(experiment, task)
-    return Run(Path(), experiment, outlook, task, first_state(experiment, outlook))
+    return Run(Path(), experiment, outlook, task, first_state(experiment, outlook, task))
 
 
-def first_state(experiment: Experiment, outlook: Outlook) -> State:
+def pretrained(experiment: Experiment, outlook: Outlook, task: Task) -> Params:
+    """The network as the task uses it: its head is fresh unless it was trained for the same classes."""
+    found, found_params = checkpoint.load(outlook.folder)
+    spec = experiment.task.fit(found, outlook.folder)
+    layout = model.layout(spec)
+    if task.labels and (checkpoint.read_labels(outlook.folder) != task.labels or found.pool != spec.pool):
+        found_params = {name: p for name, p in found_params.items() if name not in ("head.weight", "head.bias")}
+    if missing := layout.params.keys() - found_params.keys():
+        seed = int(generator(experiment.seed, "head").integers(2**62))
+        fresh = model.init(spec, torch.Generator().manual_seed(seed))
+        found_params = found_params | {name: fresh[name] for name in missing}
+    return {name: found_params[name] for name in layout.params}
+
+
+def first_state(experiment: Experiment, outlook: Outlook, task: Task) -> State:
     """The pretrained network, and whatever the method adds, freshly drawn."""
-    _, pretrained = checkpoint.load(outlook.folder)
+    start = pretrained(experiment, outlook, task)
     spec, method = outlook.chosen.spec, experiment.method
     seed = int(generator(experiment.seed, "init").integers(2**62))
     params = model.init(spec, torch.Generator().manual_seed(seed))
-    params = method.equip(
-        spec, params | {name: pretrained[name] for name in params.keys() & pretrained.keys()}, pretrained
-    )
+    params = method.equip(spec, params | {name: start[name] for name in params.keys() & start.keys()}, start)
     memory = {
         name: p.clone()
         for name, p in method.prepare(

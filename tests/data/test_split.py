@@ -200,6 +200,7 @@ tables = st.tuples(st.integers(1, 7), st.integers(1, 12)).flatmap(
 
 @settings(deadline=None)
 @example(np.array([[0, 0, 3, 5]] * 7), np.array([4, 4, 4]), 0)  # a device without, labels that are not here
+@example(np.array([[2, 1]]), np.zeros(30, np.int64), 0)  # within one: equal, not two to one
 @given(tables, label_lists, seeds)
 def test_following(counts: np.ndarray, labels: np.ndarray, seed: int) -> None:
     labels = labels % len(counts)

@@ -2,6 +2,11 @@
 
 from lamina.data.shakespeare import Shakespeare
 from lamina.data.streams import Text
+from lamina.data.task import TaskTable
 from lamina.data.texts import TextClassification
 
-TASKS = {"shakespeare": Shakespeare, "text": Text, "text-classification": TextClassification}
+TASKS: dict[str, type[TaskTable]] = {
+    "shakespeare": Shakespeare,
+    "text": Text,
+    "text-classification": TextClassification,
+}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from lamina.job import Turn
+    from lamina.spec import Spec
 
 
 class Shard(Protocol):
@@ -80,3 +82,27 @@ class Task:
     mix: np.ndarray
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+class TaskTable(Protocol):
+    """What a [task] table asks for: data, and how a network is to take it. The fields of its classes are its keys."""
+
+    @property
+    def path(self) -> str | None:
+        """Where the data is; None: it comes with lamina."""
+
+    @property
+    def window(self) -> int:
+        """Longest sequence in tokens; 0 for images."""
+
+    def device_count(self) -> int:
+        """Number of devices."""
+
+    def fit(self, spec: Spec, folder: Path) -> Spec:
+        """The network in `folder` as this task uses it; a UserError where it cannot."""
+
+    def reads(self, folder: Path) -> str:
+        """Digest of what turns data into inputs, by what a network's folder says."""
+
+    def load(self, seed: int, groups: Sequence[int] | None, folder: Path) -> Task:
+        """The data, for networks as that in `folder`; `groups` are the resource classes of the devices."""

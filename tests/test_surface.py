@@ -32,6 +32,7 @@ from lamina.pretrain import Pretrain
 ROOT = Path(__file__).parents[1]
 COMMON = "absent on_infeasible weighting fallback directions zeroth_lr"
 LORA = "depth train_head rank alpha targets"
+DEALING = "split devices alpha classes_per_device min_examples"
 KEYS = {
     "": (
         config.Experiment,
@@ -40,6 +41,14 @@ KEYS = {
     "task shakespeare": (
         TASKS["shakespeare"],
         "path split devices alpha window stride scored train_fraction min_windows test_windows",
+    ),
+    "task text": (
+        TASKS["text"],
+        f"{DEALING} path test_path text user window stride scored train_fraction test_windows",
+    ),
+    "task text-classification": (
+        TASKS["text-classification"],
+        f"{DEALING} path test_path test_fraction text label user window pool",
     ),
     "method fedavg": (METHODS["fedavg"], COMMON),
     "method caff": (METHODS["caff"], f"{COMMON} train_head train_embeddings"),

@@ -96,6 +96,30 @@ def load(folder: Path) -> tuple[Spec, Params]:
     return spec, {name: source.fetch(name) for name in source.layout.params}
 
 
+def check(folder: Path) -> Spec:
+    """The network in `folder`, when every tensor of it has been looked at, one at a time.
+
+    Raises:
+        UserError: As `load`.
+    """
+    spec = read_spec(folder)
+    source = _Source(folder, spec)
+    for name in source.layout.params:
+        source.fetch(name)
+    return spec
+
+
+def architecture(folder: Path) -> str:
+    """The class of `transformers` whose head we read.
+
+    Raises:
+        UserError: As `read_spec`.
+    """
+    read_spec(folder)
+    config = read_config(folder)
+    return family_of(config).architecture(config)
+
+
 def load_whole(folder: Path) -> tuple[Spec, Params]:
     """As `load`, with what stands beside the network in lamina.safetensors: adapters, exits, a head of our own.
 

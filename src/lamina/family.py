@@ -102,8 +102,8 @@ class Head:
         classifies: Whether there is one output per label.
     """
 
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     classifies: bool = False
 
 
@@ -145,9 +145,9 @@ class Family:
     prefix: str
     keys: tuple[Key, ...]
     fields: Mapping[str, Any]
-    body: Mapping[str, str]
-    heads: Mapping[str, Head]
-    only: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    body: dict[str, str]
+    heads: dict[str, Head]
+    only: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     transposed: bool = False
     batched: frozenset[str] = frozenset()
 

@@ -236,7 +236,7 @@ def bring(
 ) -> None:
     """Check a pretrained network from a Hugging Face folder and copy what is needed of it."""
     from lamina import imports
-    from lamina.tables import Table
+    from lamina.table import Table
     from lamina.view import View
 
     name = name or folder.resolve().name

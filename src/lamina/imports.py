@@ -13,7 +13,7 @@ from pathlib import Path
 from re import sub
 from typing import Any
 
-from lamina import checkpoint, files, tokens, weights
+from lamina import files, hf, tokens, weights
 from lamina.errors import UserError
 from lamina.spec import Spec, layout
 
@@ -22,7 +22,7 @@ COPIED = (
     *("added_tokens.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
-    checkpoint.OURS,
+    hf.OURS,
 )
 """Files that go along where they are there, beside config.json and the weights."""
 
@@ -98,34 +98,32 @@ def bring(source: Path, target: Path, force: bool = False) -> Imported:
     """
     if target.exists() and source.resolve() == target.resolve():
         raise UserError(f"{source} is where the network is to go; it can be used as it is")
-    spec = checkpoint.check(source)
-    config, unused = checkpoint.read_config(source), checkpoint.unused(source)
-    found = weights.entries(source)
-    used = [entry for name, entry in found.items() if name not in unused]
-    tied = spec.causal and not spec.labels and not any(entry.name == "lm_head.weight" for entry in used)
+    spec, used = hf.check(source)
+    config, found = hf.read_config(source), weights.entries(source)
+    tied = spec.causal and not spec.labels and "lm_head.weight" not in used
     held = layout(spec)
     parameters = sum(held.numel(name) for name in held.params if name != "head.weight" or not tied)
-    copied = [checkpoint.CONFIG, checkpoint.WEIGHTS, *(name for name in COPIED if (source / name).is_file())]
-    with files.new_folder(target, checkpoint.CONFIG if force else None) as made:
-        if (source / checkpoint.WEIGHTS).is_file():
-            shutil.copyfile(source / checkpoint.WEIGHTS, made / checkpoint.WEIGHTS)
+    copied = [hf.CONFIG, hf.WEIGHTS, *(name for name in COPIED if (source / name).is_file())]
+    with files.new_folder(target, hf.CONFIG if force else None) as made:
+        if (source / hf.WEIGHTS).is_file():
+            shutil.copyfile(source / hf.WEIGHTS, made / hf.WEIGHTS)
         else:
-            weights.merge(found, made / checkpoint.WEIGHTS)
+            weights.merge(found, made / hf.WEIGHTS)
         for name in copied:
-            if name != checkpoint.WEIGHTS:
+            if name != hf.WEIGHTS:
                 shutil.copyfile(source / name, made / name)
-        size = (made / checkpoint.WEIGHTS).stat().st_size
+        size = (made / hf.WEIGHTS).stat().st_size
     return Imported(
         folder=target,
         family=config["model_type"],
-        architecture=checkpoint.architecture(source),
+        architecture=hf.architecture(source),
         spec=spec,
         parameters=parameters,
         bytes=size,
-        dtypes=tuple(sorted({str(weights.DTYPES[entry.dtype]).removeprefix("torch.") for entry in used})),
+        dtypes=tuple(sorted({weights.DTYPES[entry.dtype] for entry in used.values()})),
         tokenizer=_tokenizer(spec, target),
-        labels=checkpoint.read_labels(source),
-        unused=tuple(sorted(unused)),
+        labels=hf.read_labels(source),
+        unused=tuple(sorted(found.keys() - used.keys())),
         copied=tuple(copied),
     )
 

@@ -31,6 +31,7 @@ from lamina.pretrain import Pretrain
 
 ROOT = Path(__file__).parents[1]
 COMMON = "absent on_infeasible weighting fallback directions zeroth_lr"
+DEALING = "split devices alpha classes_per_device min_examples"
 LORA = "depth train_head rank alpha targets"
 KEYS = {
     "": (
@@ -41,6 +42,8 @@ KEYS = {
         TASKS["shakespeare"],
         "path split devices alpha window stride scored train_fraction min_windows test_windows",
     ),
+    "task images": (TASKS["images"], f"{DEALING} augment path test_path test_fraction size fine label"),
+    "task digits": (TASKS["digits"], f"{DEALING} augment size"),
     "method fedavg": (METHODS["fedavg"], COMMON),
     "method caff": (METHODS["caff"], f"{COMMON} train_head train_embeddings"),
     "method cocofl": (METHODS["cocofl"], f"{COMMON} frozen_bits"),

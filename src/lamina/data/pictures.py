@@ -152,7 +152,7 @@ class Album(Dealing):
         found = pixels.read(folder)
         return digest(repr((found.mean, found.std)).encode())
 
-    def load(self, seed: int, groups: Sequence[int], folder: Path) -> Task:
+    def load(self, seed: int, groups: Sequence[int] | None, folder: Path) -> Task:
         """The images of every device.
 
         Args:

@@ -77,7 +77,7 @@ def new_folder(path: Path, replaces: str | None = None) -> Iterator[Path]:
         raise
 
 
-def digest(content: bytes) -> str:
+def digest(content: bytes | memoryview) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(content).hexdigest()
 

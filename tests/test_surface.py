@@ -42,6 +42,14 @@ KEYS = {
         TASKS["shakespeare"],
         "path split devices alpha window stride scored train_fraction min_windows test_windows",
     ),
+    "task text": (
+        TASKS["text"],
+        f"{DEALING} path test_path text user window stride scored train_fraction test_windows",
+    ),
+    "task text-classification": (
+        TASKS["text-classification"],
+        f"{DEALING} path test_path test_fraction text label user window pool",
+    ),
     "task images": (TASKS["images"], f"{DEALING} augment path test_path test_fraction size fine label"),
     "task digits": (TASKS["digits"], f"{DEALING} augment size"),
     "method fedavg": (METHODS["fedavg"], COMMON),

@@ -31,8 +31,8 @@ from lamina.pretrain import Pretrain
 
 ROOT = Path(__file__).parents[1]
 COMMON = "absent on_infeasible weighting fallback directions zeroth_lr"
-LORA = "depth train_head rank alpha targets"
 DEALING = "split devices alpha classes_per_device min_examples"
+LORA = "depth train_head rank alpha targets"
 KEYS = {
     "": (
         config.Experiment,
@@ -50,6 +50,8 @@ KEYS = {
         TASKS["text-classification"],
         f"{DEALING} path test_path test_fraction text label user window pool",
     ),
+    "task images": (TASKS["images"], f"{DEALING} augment path test_path test_fraction size fine label"),
+    "task digits": (TASKS["digits"], f"{DEALING} augment size"),
     "method fedavg": (METHODS["fedavg"], COMMON),
     "method caff": (METHODS["caff"], f"{COMMON} train_head train_embeddings"),
     "method cocofl": (METHODS["cocofl"], f"{COMMON} frozen_bits"),

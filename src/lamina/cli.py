@@ -226,6 +226,31 @@ def pretrain(file: File, overrides: Set = NOTHING, as_json: Json = False) -> Non
     view.say(f"networks in {job.out}: {', '.join(f'{job.name}-{depth}' for depth in job.depths)}")
 
 
+@app.command("import")
+def bring(
+    folder: Annotated[Path, typer.Argument(help="Folder as transformers writes it.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the folder of the network goes.")] = Path("networks"),
+    name: Annotated[str, typer.Option(help="Of the network; by default that of the folder.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace a network of that name.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a pretrained network from a Hugging Face folder and copy what is needed of it."""
+    from lamina import imports
+    from lamina.table import Table
+    from lamina.view import View
+
+    name = name or folder.resolve().name
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise UserError(f"--name must be the name of a folder, got {name!r}")
+    found = imports.bring(folder, out / name, force)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    view = View()
+    view.table(Table(name, ("", ""), found.rows(), left=2))
+    view.say(f"network {found.folder}")
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 

@@ -292,7 +292,7 @@ _RATIO = Key(  # `transformers` rounds down
 
 
 def _vit(
-    name: str, stem: str, ffn: Key, patch: int, eps: float, body: Mapping[str, str], *keys: Key, **fields: Any
+    name: str, stem: str, ffn: Key, patch: int, eps: float, body: dict[str, str], *keys: Key, **fields: Any
 ) -> Family:
     """ViT and its kin."""
     pool = "first_mean" if fields.get("layer_scale") else "first"

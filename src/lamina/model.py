@@ -97,7 +97,8 @@ def batch(spec: Spec, inputs: np.ndarray, ops: Ops = TORCH) -> Batch:
     """What goes into the network, from what a shard gives: ids, with -1 beyond the end of a text, or images."""
     if not spec.ragged:
         return Batch(ops.tensor(inputs))
-    return Batch(ops.tensor(np.maximum(inputs, 0)), ops.tensor((inputs >= 0).sum(1)))
+    lengths = (inputs >= 0).sum(1)
+    return Batch(ops.tensor(np.maximum(inputs[:, : lengths.max()], 0)), ops.tensor(lengths))
 
 
 def embed(spec: Spec, params: Mapping[str, Tensor], x: Tensor, ops: Ops = TORCH) -> Tensor:

@@ -133,7 +133,7 @@ class Ops:
         The "mean" is over what is from `start` on and before the end.
         """
         batch, tokens = x_BSD.shape[:2]
-        weights_BkS = pool_weights(kind, start, lengths_B, batch, tokens).to(x_BSD.device)
+        weights_BkS = pool_weights(kind, start, lengths_B, batch, tokens).to(x_BSD)
         return torch.bmm(weights_BkS, x_BSD).reshape(batch, 1, -1)
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lamina import checkpoint
+from lamina import hf
 from lamina.data import text as characters
 from lamina.errors import UserError
 from lamina.files import digest
@@ -138,12 +138,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: There is none, it is damaged, or of a kind that is not read.
     """
-    alphabet = checkpoint.read_alphabet(folder)
+    alphabet = hf.read_alphabet(folder)
     if alphabet is not None:
         if alphabet != characters.ALPHABET:
             raise UserError(f"network {folder.name} was trained on another alphabet than lamina.data.text.ALPHABET")
         return Characters()
-    config = read_object(folder / checkpoint.CONFIG)
+    config = read_object(folder / hf.CONFIG)
     about: dict[str, Any] = {}
     for name in _ABOUT:
         found = read_object(folder / name) if (folder / name).is_file() else {}

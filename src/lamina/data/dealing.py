@@ -193,6 +193,25 @@ class Dealing:
             )
 
 
+def held_out(strata: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """A share of every stratum, rounded to the nearest number, but never all of it.
+
+    Args:
+        strata: Stratum of every example, from 0, integers [examples].
+        fraction: The share.
+        rng: Decides which examples; how many does not depend on it.
+
+    Returns:
+        Examples in ascending order, int64 [held out].
+    """
+    sizes = np.bincount(strata)
+    takes = np.minimum(np.floor(sizes * fraction + 0.5).astype(np.int64), sizes - 1)
+    order = rng.permutation(len(strata))
+    order = order[np.argsort(strata[order], kind="stable")]  # stratum by stratum, shuffled within
+    places = np.arange(len(strata)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[places < np.repeat(takes, sizes)])
+
+
 def demand(field: str, value: object, holds: bool, rule: str) -> None:
     """Raise a UserError that names the field of [task] unless the rule holds."""
     if not holds:

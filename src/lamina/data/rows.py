@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, Rows]:
 
 def _folder(path: Path) -> dict[str, Rows]:
     """The tables of a folder: of the `datasets` library, or of plain text files."""
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_saved(path):
         return _datasets(path)
     found = sorted(each for each in path.rglob("*") if each.name.endswith(_PLAIN) and each.is_file())
     if not found:
@@ -162,8 +162,17 @@ def _folder(path: Path) -> dict[str, Rows]:
     return {"": Rows(str(path), {"text": [read_text(each) for each in found], FILE: names})}
 
 
-def _datasets(path: Path) -> dict[str, Rows]:
-    """The tables in a folder that `save_to_disk` of the `datasets` library wrote."""
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` of the `datasets` library wrote the folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def saved_tables(path: Path) -> dict[str, Any]:
+    """Each `datasets.Dataset` in such a folder by part; a single one is "".
+
+    Raises:
+        UserError: The library is missing, or cannot read the folder.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -172,9 +181,13 @@ def _datasets(path: Path) -> dict[str, Rows]:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises what its own libraries do
         raise UserError(f"{path} cannot be read as a folder of the `datasets` library: {error}") from error
-    tables = dict(found) if isinstance(found, dict) else {"": found}
+    return dict(found) if isinstance(found, dict) else {"": found}
+
+
+def _datasets(path: Path) -> dict[str, Rows]:
+    """The tables in a folder that `save_to_disk` of the `datasets` library wrote."""
     made = {}
-    for name, table in tables.items():
+    for name, table in saved_tables(path).items():
         plain = table.with_format(None)
         classes = {key: tuple(each.names) for key, each in plain.features.items() if hasattr(each, "names")}
         where = f"{path}, part {name!r}" if name else str(path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lamina import tokens
 from lamina.data import rows, split
-from lamina.data.dealing import Dealing, demand
+from lamina.data.dealing import Dealing, demand, held_out
 from lamina.data.rows import Rows
 from lamina.data.task import Task
 from lamina.errors import UserError
@@ -256,25 +256,6 @@ class _Examples:
         """Some of them."""
         users = None if self.users is None else [self.users[row] for row in chosen]
         return _Examples([self.texts[row] for row in chosen], self.labels[chosen], users)
-
-
-def held_out(strata: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """A share of every stratum, rounded to the nearest number, but never all of it.
-
-    Args:
-        strata: Stratum of every example, from 0, integers [examples].
-        fraction: The share.
-        rng: Decides which examples; how many does not depend on it.
-
-    Returns:
-        Examples in ascending order, int64 [held out].
-    """
-    sizes = np.bincount(strata)
-    takes = np.minimum(np.floor(sizes * fraction + 0.5).astype(np.int64), sizes - 1)
-    order = rng.permutation(len(strata))
-    order = order[np.argsort(strata[order], kind="stable")]  # stratum by stratum, shuffled within
-    places = np.arange(len(strata)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.sort(order[places < np.repeat(takes, sizes)])
 
 
 def _flat(tokenizer: tokens.Tokenizer, texts: Sequence[str], window: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -15,9 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoTokenizer
 from vocabularies import write_bert, write_bytes, write_json
 
+from lamina.data.dealing import held_out
 from lamina.data.task import Shard, Task
 from lamina.data.text import ALPHABET
-from lamina.data.texts import TextClassification, Texts, held_out
+from lamina.data.texts import TextClassification, Texts
 from lamina.errors import UserError
 from lamina.job import Turn
 from lamina.spec import Spec

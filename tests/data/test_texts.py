@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+from transformers import AutoTokenizer
 from vocabularies import write_bert, write_bytes, write_json
 
 from lamina.data.dealing import held_out
@@ -161,6 +162,11 @@ def test_long_texts_are_cut_between_the_special_tokens(tmp_path: Path, bert: Pat
     assert sorted(len(ids) for ids, _ in found) == [3, 4, 5, 8, 8, 8]
     assert all(ids[0] == 2 and ids[-1] == 3 for ids, _ in found)
     assert task.notes == ("2 of 6 texts are longer than task.window = 8 tokens and were cut",)
+    reference = AutoTokenizer.from_pretrained(bert)
+    rows = examples(30)
+    task = TextClassification(path=table(tmp_path, rows), window=6, devices=1).load(0, None, bert)
+    wanted = [tuple(reference(row["text"], truncation=True, max_length=6)["input_ids"]) for row in rows]
+    assert Counter(ids for ids, _ in everything([*task.train, *task.test])) == Counter(wanted)
     with pytest.raises(UserError, match=r"task\.window must be at least 3, for the tokens round a text and one of it"):
         TextClassification(path=table(tmp_path, rows), window=2, devices=1).load(0, None, bert)
 

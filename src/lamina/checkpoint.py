@@ -115,29 +115,39 @@ def write(
             that are in none of ours.
 
     Raises:
-        UserError: No family has such a network, or the source cannot be read.
+        UserError: No family has such a network, values are beyond the type, or the source cannot be read.
     """
     whole, params = model.merged(spec, params)
     core = replace(whole, adapter=0, exits=())
     family, architecture, config, has_head = express(core, read_config(source) if source else {})
-    if not has_head:
-        core = replace(core, **HEADLESS)
-    held = [name for name in layout(core).params if name in params and family.places(name, architecture)]
+    held = [name for name in layout(core).params if name in params and (has_head or not name.startswith("head."))]
     predicts = core.causal and not core.labels and "head.weight" in held
     tied = predicts and torch.equal(params["head.weight"], params["embed.tokens"])
     stored = [name for name in held if name != "head.weight" or not tied]
-    theirs = {name: tensor.to(dtype).contiguous() for name, tensor in _theirs(family, architecture, stored, params)}
+    theirs = {name: _as(dtype, name, tensor) for name, tensor in _theirs(family, architecture, stored, params)}
     carried = _carried(source, family, architecture, held) if source else {}
     files.write(folder / WEIGHTS, save(carried | theirs, metadata={"format": "pt"}))
     if names := params.keys() - set(held):
-        ours = {name: params[name].to(dtype).contiguous() for name in sorted(names)}
+        ours = {name: _as(dtype, name, params[name]) for name in sorted(names)}
         files.write(folder / OURS, save(ours, metadata={"spec": json.dumps(asdict(whole))}))
     config.pop("dtype", None)  # the newer name of the same
     config |= {"tie_word_embeddings": tied} if predicts else {}
     config |= {"torch_dtype": str(dtype).removeprefix("torch."), **extra}
-    if core.labels and len(labels(config)) != core.labels:
+    if core.labels and has_head and len(labels(config)) != core.labels:
         config |= label_keys([f"LABEL_{i}" for i in range(core.labels)])
     files.write_json(folder / CONFIG, config)
+
+
+def _as(dtype: torch.dtype, name: str, tensor: Tensor) -> Tensor:
+    """The same numbers in another type.
+
+    Raises:
+        UserError: Some are beyond it.
+    """
+    stored = tensor.to(dtype).contiguous()
+    if stored.numel() and tensor.isfinite().all() and not stored.isfinite().all():
+        raise UserError(f"{name} has values up to {tensor.abs().max():.3g}, beyond {str(dtype)[6:]}; take another type")
+    return stored
 
 
 def _fetch(source: Source, name: str) -> Tensor:
@@ -169,7 +179,7 @@ def _theirs(
     for name in names:
         places = family.places(name, architecture)
         for tensor, place in zip(params[name].chunk(len(places)), places, strict=True):
-            theirs = (family.prefix if place.in_base and architecture != family.base else "") + place.name
+            theirs = family.full(place, architecture)
             stored = family.to_stored(name, tensor, place)
             if place.parts == 1:
                 yield theirs, stored

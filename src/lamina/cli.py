@@ -251,6 +251,30 @@ def bring(
     view.say(f"network {found.folder}")
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The folder to make; by default RUN/export.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace a network in that folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the network of a finished run as a folder for transformers, with an adapter for peft where there is one."""
+    from lamina.export import export as write
+    from lamina.view import View
+
+    done = write(run, out or run / "export", dtype, force)
+    if as_json:
+        _print_json(done.to_json())
+        return
+    view = View()
+    view.say(f"{done.architecture} in {done.dtype}: {done.folder}")
+    if done.beside:
+        view.say(f"beside it, in lamina.safetensors: {', '.join(done.beside)}; see README.md there")
+    if done.adapter:
+        view.say(f"adapter {done.folder / 'adapter'}" if done.adapter is True else f"no adapter: {done.adapter}")
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 

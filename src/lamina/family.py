@@ -139,6 +139,7 @@ class Family:
         only: Keys that must have one value: key -> (default, value).
         transposed: Whether matrices in blocks are stored [inputs, outputs].
         batched: Tensors of theirs with a first axis of 1.
+        modules: Our linears -> their modules in memory, where `transformers` calls them otherwise than on disk.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Family:
     only: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     transposed: bool = False
     batched: frozenset[str] = frozenset()
+    modules: dict[str, str] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -241,6 +243,17 @@ class Family:
         parts = sum(each.startswith(f"{stem}[") for each in self.body.values()) if bracket else 1
         name = stem.replace("{i}", block[1] if block else "")
         return Place(name + suffix, in_base, int(part or 0), parts)
+
+    def module(self, block: int, short: str, architecture: str) -> tuple[str, Place]:
+        """The module in memory that a linear layer is in, and its place there."""
+        (place,) = self.places(f"h.{block}.{short}.weight", architecture)
+        known = self.modules.get(f"h.{{i}}.{short}")
+        renamed = replace(place, name=known.replace("{i}", str(block))) if known else place
+        return self.full(renamed, architecture).removesuffix(".weight"), place
+
+    def full(self, place: Place, architecture: str) -> str:
+        """The name of a tensor in a class."""
+        return (self.prefix if place.in_base and architecture != self.base else "") + place.name
 
     def canonical(self, name: str) -> str:
         """Their name of a tensor without prefix, and with today's end where it has one of old."""

@@ -140,9 +140,8 @@ def patches(leads: int, registers: int) -> Kernel:
         return rest[0] if leads else None, rest[-1] if registers else None
 
     def call(ops: Ops, weight: Tensor, bias: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
-        return ops.patches(
-            ops.tensor(IMAGES.astype(NUMPY[torch.get_default_dtype()])), weight, bias, positions, *pick(rest)
-        )
+        images = ops.tensor(IMAGES.astype(NUMPY[torch.get_default_dtype()]))
+        return ops.patches(images, weight, bias, positions, *pick(rest))
 
     def formula(weight: Tensor, bias: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
         images = torch.from_numpy(IMAGES).to(weight)

@@ -295,8 +295,7 @@ class Patches(torch.autograd.Function):
             of_weight = gradient_BSD.new_zeros(ctx.weight_shape)
             matrix = of_weight.flatten(1)
             for pixels_CYX, gradient_SD in zip(pixels_BCYX, gradient_BSD[:, leads + registers :], strict=True):
-                patches = unfolded(pixels_CYX, ctx.weight_shape[-1])
-                torch.addmm(matrix, gradient_SD.T, patches, out=matrix)
+                torch.addmm(matrix, gradient_SD.T, unfolded(pixels_CYX, ctx.weight_shape[-1]), out=matrix)
         of_leads, of_registers, rest = gradient_BSD.sum(0).tensor_split([leads, leads + registers])
         return (
             None,

@@ -372,8 +372,8 @@ class Ledger(Ops):
         scales = math.prod(shape[:-1]) * FLOAT_BYTES if bits == 8 else 0
         memory = self.new(math.prod(shape) * bits // 8 + scales, "weights")
         slab = (min(SLAB_ROWS, shape[0]), *shape[1:])
-        read, scaled = self.blank(slab), self.blank(slab, FLOAT_BYTES + 1) if bits == 8 else self.blank(slab, 2)
-        del read, scaled
+        work = [self.blank(slab) for _ in range(1 + (bits == 8))]
+        del work
         return cast(Tensor, Shape(shape, memory, None, packed=True))
 
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:

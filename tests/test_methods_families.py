@@ -19,7 +19,6 @@ from lamina import client, measure, model
 from lamina.cost import Cost, cost
 from lamina.data.task import Pairs
 from lamina.engines.local import LocalEngine
-from lamina.errors import UserError
 from lamina.estimators import PROJECTED, unfold
 from lamina.experiment import Outlook
 from lamina.fleet import Budget
@@ -29,7 +28,7 @@ from lamina.methods import METHODS, Method
 from lamina.metrics import evaluate
 from lamina.ops import TORCH
 from lamina.plan import Plan, Vote
-from lamina.planner import Candidate, Fleet, Group, assess
+from lamina.planner import Fleet, Group, assess
 from lamina.server import play_round
 from lamina.spec import Spec
 from lamina.state import State
@@ -70,7 +69,8 @@ class Server:
         self.spec = self.method.adapt(bare)
         self.layout = model.layout(self.spec)
         pretrained = weights_of(bare)
-        self.params = self.method.equip(self.spec, weights_of(self.spec) | pretrained, pretrained)
+        common = {name: pretrained[name] for name in self.layout.params.keys() & pretrained.keys()}
+        self.params = self.method.equip(self.spec, weights_of(self.spec) | common, pretrained)
         self.turn = max(
             (Turn(0, each, 3, 0) for each in self.method.peak_rounds(3)),
             key=lambda turn: self.price(next(self.method.plans(self.spec, turn, {}))).memory_bytes,
@@ -158,7 +158,13 @@ class World:
         assert candidate.feasible
         self.outlook = Outlook([0, 1, 0, 1], groups, (candidate,), candidate, Path(), STEPS)
         self.experiment: Any = SimpleNamespace(
-            seed=0, rounds=3, cohort=4, method=self.method, local=LOCAL, levers="none", task=SimpleNamespace(window=TOKENS)
+            seed=0,
+            rounds=3,
+            cohort=4,
+            method=self.method,
+            local=LOCAL,
+            levers="none",
+            task=SimpleNamespace(window=TOKENS),
         )
         self.shards = [shard(bare, 6, seed) for seed in range(4)]
         memory = self.method.prepare(server.spec, server.params, self.outlook.fleet(self.experiment), Turn(0, 0, 3))

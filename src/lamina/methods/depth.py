@@ -119,7 +119,8 @@ class DepthFL(_FromBelow):
     cuts: ClassVar[str] = "the last blocks"
     note: ClassVar[str] = (
         "Nothing of the blocks above the last exit that fits, but a norm, a head and logits per exit, and with FedDyn "
-        "two more copies of all that trains."
+        "two more copies of all that trains. A head over tens of thousands of tokens is larger than many blocks: have "
+        "few (`every`)."
     )
     stateful: ClassVar[str] = "FedDyn's linear term, as large as all it trains"
 

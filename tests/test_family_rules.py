@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from specs import SPECS, TOKENS
-from support import LOCAL, STEPS, moved, weights
+from support import LOCAL, STEPS, weights
 from test_methods_families import shard
 from torch import Tensor
 
@@ -27,9 +27,10 @@ from lamina.methods.forward import Mezo, Spry
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL, Width
 from lamina.model import Batch, Output
+from lamina.ops import TORCH
 from lamina.plan import Keep, Plan, narrow
 from lamina.planner import Fleet
-from lamina.spec import Spec
+from lamina.spec import Spec, as_matrix
 
 TURN = Turn(0, 0, 3, 0)
 every_family = pytest.mark.parametrize("family", SPECS)
@@ -158,7 +159,7 @@ def test_exits_that_classify_learn_from_one_another(family: str, chunked: bool) 
     params, batch = weights(spec), given(spec)
     x_BSD, outputs = model.embed(spec, params, batch.x), []
     for block in range(3):
-        x_BSD = model.run_blocks(spec, params, x_BSD, [block], hides=batch.hides(spec, x_BSD.shape[1], model.TORCH))
+        x_BSD = model.run_blocks(spec, params, x_BSD, [block], hides=batch.hides(spec, x_BSD.shape[1], TORCH))
         outputs.append(Output(x_BSD, (*spec.exits, spec.blocks)[block], params, lengths_B=batch.lengths_B))
     targets = torch.from_numpy(shard(spec, 4, 7).targets)
     mutual = 0.3
@@ -235,12 +236,9 @@ def test_factors_of_full_rank_are_the_network_itself(family: str) -> None:
     rank = low.network.factored.rank
     arrays = method.encode(params, spec, low, TURN, {})
     for short in spec.linears:
-        for whole, coef, basis in [
-            (params[f"h.1.{short}.weight"], *(arrays[f"h.1.{short}.{e}"] for e in ("coef", "basis")))
-        ]:
-            outputs = whole.flatten(0, -2).shape[0] if short[-1] in "qkv" else len(whole)
-            assert basis.shape[0] == min(rank, outputs, whole.numel() // outputs)
-            assert coef.shape == (*whole.shape[: whole.ndim - (basis.ndim - 1)], basis.shape[0])
+        whole = as_matrix(short, params[f"h.1.{short}.weight"])
+        assert arrays[f"h.1.{short}.basis"].shape[0] == min(rank, *whole.shape)
+        assert arrays[f"h.1.{short}.coef"].shape[-1] == min(rank, *whole.shape)
     full = replace(low.network, factored=replace(low.network.factored, rank=10**6))
     names = frozenset(model.layout(full).params)
     arrays = method.encode(params, spec, Plan(names, names, network=full), TURN, {})
@@ -301,4 +299,3 @@ def test_caff_on_classes_trains_pooler_and_head() -> None:
     *_, last = Caff().plans(spec, TURN, {})
     block = {name for name in model.layout(spec).params if name.startswith("h.2.")}
     assert last.trains == block | {"head.pool.weight", "head.pool.bias", "head.weight", "head.bias"}
-    assert moved(weights(spec), weights(spec)) == set()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,13 +16,14 @@ from support import LOCAL, STEPS, bits, moved, weights
 from test_methods import TENSORS_OF_OTHERS
 
 from lamina import client, measure, model
+from lamina.config import Experiment
 from lamina.cost import Cost, cost
 from lamina.data.task import Pairs
 from lamina.engines.local import LocalEngine
 from lamina.estimators import PROJECTED, unfold
 from lamina.experiment import Outlook
 from lamina.fleet import Budget
-from lamina.job import Job, Turn
+from lamina.job import Job, Turn, Update
 from lamina.layout import Params
 from lamina.methods import METHODS, Method
 from lamina.metrics import evaluate
@@ -106,7 +107,7 @@ def test_cutting_out_and_putting_back_changes_nothing(name: str, family: str) ->
         aside |= {"labels": labels} if method.objective(job).own_labels else {}
         aside |= {PROJECTED: torch.zeros(STEPS, method.directions)} if plan.gradient == "zeroth" else {}
         arrays, _ = method.finish(job, dict(job.arrays), aside, TORCH)
-        votes.append(method.decode(unfold(client.Update(job.turn, arrays, 2, STEPS, 0.0), job), job, server.spec))
+        votes.append(method.decode(unfold(Update(job.turn, arrays, 2, STEPS, 0.0), job), job, server.spec))
     after = server.merged(votes)
     assert after.keys() == server.params.keys()
     if not method.lossy:
@@ -157,14 +158,17 @@ class World:
         candidate = assess(self.method, self.family, bare, groups, LOCAL, TOKENS, STEPS, rounds=3)
         assert candidate.feasible
         self.outlook = Outlook([0, 1, 0, 1], groups, (candidate,), candidate, Path(), STEPS)
-        self.experiment: Any = SimpleNamespace(
-            seed=0,
-            rounds=3,
-            cohort=4,
-            method=self.method,
-            local=LOCAL,
-            levers="none",
-            task=SimpleNamespace(window=TOKENS),
+        self.experiment = cast(
+            Experiment,
+            SimpleNamespace(
+                seed=0,
+                rounds=3,
+                cohort=4,
+                method=self.method,
+                local=LOCAL,
+                levers="none",
+                task=SimpleNamespace(window=TOKENS),
+            ),
         )
         self.shards = [shard(bare, 6, seed) for seed in range(4)]
         memory = self.method.prepare(server.spec, server.params, self.outlook.fleet(self.experiment), Turn(0, 0, 3))

@@ -176,12 +176,12 @@ class Output:
 
         if single:
             x_BSD = pool(x_BSD)
-        if prefix or spec.final_norm:
+        if spec.final_norm:
             x_BSD = _norm(spec, params, x_BSD, f"{prefix}norm", ops)
         if spec.pool and not single:
             x_BSD = pool(x_BSD)
-        if spec.pooler and not prefix:
-            dense = ops.linear(x_BSD, params["head.pool.weight"], params["head.pool.bias"])
+        if spec.pooler:
+            dense = ops.linear(x_BSD, params[f"{prefix}head.pool.weight"], params[f"{prefix}head.pool.bias"])
             x_BSD = ops.act(dense, spec.pooler)
         return x_BSD
 

@@ -88,8 +88,8 @@ class Spec:
         sparse: Sparse additions, if any.
         factored: Linear layers in two factors, if any.
         adapter: Width of the bottlenecks after attention and feed-forward part (Houlsby et al. 2019); none if 0.
-        exits: Blocks after which there is a norm and a head of their own. The network's logits are the mean over all
-            heads found.
+        exits: Blocks after which there is a norm, a pooler and a head of their own, as far as the network has them. Its
+            logits are the mean over all heads found.
         scale: Outputs of embeddings and of linear layers in the blocks are divided by it (HeteroFL's scaler).
         kv_heads: Heads of keys and values, which must divide `heads` (Ainslie et al. 2023); 0: as many as heads.
         norm: "layer", or "rms" without bias (Zhang and Sennrich 2019).
@@ -211,16 +211,8 @@ def layout(spec: Spec) -> Layout:
     for i in range(spec.blocks):
         rows |= _block(spec, sizes, i)
         if i in spec.exits:
-            rows |= _norm(spec, f"exit.{i}.norm", i, "exit")
-            rows |= _head(spec, sizes, f"exit.{i}.head", i, "exit")
-    if spec.final_norm:
-        rows |= _norm(spec, "norm", None)
-    if spec.pooler:
-        sizes[Axis("pooled")] = spec.embed
-        rows["head.pool.weight"] = Param((Axis("pooled"), Axis("embed")), "head")
-        rows["head.pool.bias"] = Param((Axis("pooled"),), "head")
-    rows |= _head(spec, sizes, "head", None, "head")
-    return Layout(rows, sizes, spec.blocks)
+            rows |= _end(spec, sizes, f"exit.{i}.", i)
+    return Layout(rows | _end(spec, sizes, "", None), sizes, spec.blocks)
 
 
 def _input(spec: Spec, sizes: dict[Axis, int]) -> dict[str, Param]:
@@ -275,17 +267,27 @@ def _norm(spec: Spec, name: str, block: int | None, part: Part = "norm") -> dict
     return {f"{name}.{end}": Param((Axis("embed"),), part, block) for end in ends}
 
 
-def _head(spec: Spec, sizes: dict[Axis, int], name: str, block: int | None, part: Part) -> dict[str, Param]:
-    """Rows of a head; new axes go into `sizes`."""
+def _end(spec: Spec, sizes: dict[Axis, int], prefix: str, block: int | None) -> dict[str, Param]:
+    """Rows of norm, pooler and head, of the network or of an exit after a block; new axes go into `sizes`."""
+    norm: Part = "norm" if block is None else "exit"
+    part: Part = "head" if block is None else "exit"
+    rows = _norm(spec, f"{prefix}norm", block, norm) if spec.final_norm else {}
+    into: tuple[Axis, ...] = (Axis("embed"),)
+    if spec.pooler:
+        sizes[Axis("pooled")] = spec.embed
+        rows[f"{prefix}head.pool.weight"] = Param((Axis("pooled"), *into), part, block)
+        rows[f"{prefix}head.pool.bias"] = Param((Axis("pooled"),), part, block)
+        into = (Axis("pooled"),)
     if not spec.outputs:
-        return {}
+        return rows
     sizes[spec.output_axis] = spec.outputs
-    into: tuple[Axis, ...] = (Axis("pooled" if spec.pooler and part == "head" else "embed"),)
     if spec.pool == "first_mean":
         sizes[Axis("halves")] = 2
         into = (Axis("halves"), *into)
-    rows = {f"{name}.weight": Param((spec.output_axis, *into), part, block)}
-    return rows | ({f"{name}.bias": Param((spec.output_axis,), part, block)} if spec.head_bias else {})
+    rows[f"{prefix}head.weight"] = Param((spec.output_axis, *into), part, block)
+    if spec.head_bias:
+        rows[f"{prefix}head.bias"] = Param((spec.output_axis,), part, block)
+    return rows
 
 
 def _linear(

@@ -111,15 +111,32 @@ class Ledger(Ops):
         return self._out(x.shape, [x, weight, bias], [x, statistics])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Keeps its input when the weight trains; one product forward, one more per gradient."""
+        """Keeps each of input and weight where the other has a gradient; one product forward, one more per gradient."""
         self._products(x, weight)
         sources = [x, weight] if bias is None else [x, weight, bias]
         scratch = FLOAT_BYTES * weight.numel() if _shape(weight).packed else 0
         unpacked = self._unpacked(weight)
         shape = (*x.shape[:-1], weight.shape[0])
-        out = self._out(shape, sources, [x] if _shape(weight).node else [], scratch)
+        out = self._out(shape, sources, _factors(x, weight), scratch)
         del unpacked
         return out
+
+    def group_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
+    ) -> Tensor:
+        """As `linear`."""
+        self._products(x, weight)
+        sources = [x, weight] if bias is None else [x, weight, bias]
+        width = sum(units) if by_rows else len(units) * weight.shape[0]
+        return self._out((*x.shape[:-1], width), sources, _factors(x, weight))
+
+    def fork(self, x: Tensor, streams: int) -> Tensor:
+        """Keeps nothing."""
+        return self._out((*x.shape[:-1], streams * x.shape[-1]), [x], [])
+
+    def spread(self, p_RkD: Tensor, places: Sequence[tuple[int, int]], rows: int, streams: int) -> Tensor:
+        """Keeps nothing."""
+        return self._out((rows, streams * (p_RkD.numel() // p_RkD.shape[0])), [p_RkD], [])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Keeps its input and the inverse root per row; the weight's gradient alone takes as much as x besides."""
@@ -436,3 +453,8 @@ class Ledger(Ops):
 
 def _shape(tensor: Tensor) -> Shape:
     return cast(Shape, tensor)
+
+
+def _factors(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """What a product keeps: each factor where the other has a gradient."""
+    return [each for each, other in ((x, weight), (weight, x)) if _shape(other).node]

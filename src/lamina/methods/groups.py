@@ -40,8 +40,8 @@ class Fed2(Method):
     the head are the same for all groups and trained by all; the paper has group norms of each group's own. The paper
     finds the depth at which groups begin from how much features vary; here it is `shared`. All devices of the paper
     hold what they need for their classes, whatever it takes; here budgets take groups away. Logits of classes that are
-    not held are 0 in training, so that a device learns from all of its examples. A device tells the server once how many
-    examples of each class it has.
+    not held are 0 in training, so that a device learns from all of its examples. A device tells the server once how
+    many examples of each class it has.
 
     Attributes:
         groups: G; a network with fewer heads (of keys) or classes has as many as it has of these.
@@ -56,9 +56,8 @@ class Fed2(Method):
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     cuts: ClassVar[str] = "heads and feed-forward units of the upper blocks, by class"
     note: ClassVar[str] = (
-        "Upper blocks with all groups take more than uncut ones, since each group has a residual stream; with one group, "
-        "the less the more groups there are. What is below them is held and trained by all. Few devices with few "
-        "classes each teach a group little of what is not its own."
+        "Upper blocks with all groups take more than uncut ones, since each group has a residual stream; with one "
+        "group, the less the more groups there are. What is below them is held and trained by all."
     )
 
     def __post_init__(self) -> None:

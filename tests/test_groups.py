@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from support import (
     CLASSES,
     LOCAL,
@@ -35,7 +34,6 @@ from lamina.cost import cost
 from lamina.data.task import Pairs
 from lamina.errors import UserError
 from lamina.job import Job, Local, Update
-from lamina.kernels import GroupLinear, Spread
 from lamina.layout import Axis, Params
 from lamina.levers import Levers
 from lamina.methods.groups import Fed2
@@ -281,38 +279,6 @@ def test_groups_compute_as_much_as_the_network_uncut_and_fewer_less() -> None:
     assert flops == sorted(flops, reverse=True) and len(set(flops)) == 4
 
 
-@pytest.mark.parametrize("by_rows", [True, False])
-def test_a_linear_layer_of_streams_is_a_linear_layer_for_each(by_rows: bool) -> None:
-    units, width, rng = (3, 2, 4), 5, torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=torch.double).requires_grad_()
-
-    x = draw(2, 3, 3 * width if by_rows else 9)
-    weight, bias = (draw(9, width), draw(9)) if by_rows else (draw(width, 9), draw(width))
-    out = GroupLinear.apply(x, weight, bias, units, by_rows)  # type: ignore[no-untyped-call]
-    parts = []
-    for g, (start, count) in enumerate(zip((0, 3, 5), units, strict=True)):
-        own, whole = slice(start, start + count), slice(g * width, (g + 1) * width)
-        if by_rows:
-            parts.append(x[..., whole] @ weight[own].T + bias[own])
-        else:
-            parts.append(x[..., own] @ weight[:, own].T + bias)
-    torch.testing.assert_close(out, torch.cat(parts, -1))
-    assert torch.autograd.gradcheck(lambda *args: GroupLinear.apply(*args, units, by_rows), (x, weight, bias))  # type: ignore[no-untyped-call]
-    assert torch.autograd.gradcheck(lambda *args: GroupLinear.apply(*args, None, units, by_rows), (x, weight))  # type: ignore[no-untyped-call]
-
-
-def test_a_spread_head_has_each_row_where_it_belongs() -> None:
-    p, places = torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True), ((1, 0), (4, 2), (2, 2))
-    out = Spread.apply(p, places, 5, 3)  # type: ignore[no-untyped-call]
-    expected = torch.zeros(5, 2, 3, 4, dtype=torch.double)
-    for row, (at, stream) in enumerate(places):
-        expected[at, :, stream] = p[row]
-    assert torch.equal(out, expected.flatten(1))
-    assert torch.autograd.gradcheck(lambda p: Spread.apply(p, places, 5, 3), (p,))  # type: ignore[no-untyped-call]
-
-
 @pytest.mark.parametrize("settings", [{"groups": 1}, {"shared": 1.0}, {"shared": -0.1}], ids=str)
 def test_splits_that_mean_nothing_are_refused(settings: dict[str, Any]) -> None:
     (key,) = settings
@@ -363,13 +329,11 @@ def test_it_learns_and_what_it_leaves_says_what_it_is(world: dict[str, Any], tmp
     summary = run.play()
     assert summary["accuracy"]["before"]["weighted"] < 0.5 < summary["accuracy"]["after"]["weighted"]
     folder = run.folder / "model"
-    with safe_open(folder / checkpoint.OURS, "pt") as file:
-        described = spec_from_json(json.loads(file.metadata()["spec"]))
-        assert list(file.keys()) == []
+    described, params = checkpoint.load_whole(folder)
     assert described == run.outlook.chosen.spec and described.groups
+    assert moved(params, run.state.params) == set()
     shard = run.task.test[0]
     ids, targets = shard.batch(np.arange(len(shard)))
-    _, params = checkpoint.load(folder)
     with torch.no_grad():
         logits = model.forward(described, params, model.batch(described, ids))
     right = int((logits.argmax(-1).numpy() == targets).sum())

@@ -149,15 +149,18 @@ class Duals(Ops):
     def group_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
     ) -> Tensor:
-        """As `linear`, in as many terms as there are tangents."""
-        (x, dx), (weight, dw), (bias, db) = parts(x), parts(weight), parts(bias)
+        """As `linear`, in terms of their own."""
+        (x, dx), (weight, dw), (bias, db) = parts(x), parts(weight), maybe(bias)
         tangent: Tensor | None = None
         if dx is not None:
             tangent = self._ops.group_linear(dx, weight, db, units, by_rows)
         if dw is not None:
             term = self._ops.group_linear(x, dw, db if dx is None else None, units, by_rows)
             tangent = term if tangent is None else self._ops.add(tangent, term)
-        assert tangent is not None or db is None
+        if tangent is None and db is not None:
+            copies = 1 if by_rows else len(units)
+            shape = (*x.shape[:-1], copies * len(db))
+            tangent = self._ops.compute(lambda: db.repeat(copies).expand(shape).clone(), shape, shape[-1])
         return _dual(self._ops.group_linear(x, weight, bias, units, by_rows), tangent)
 
     def fork(self, x: Tensor, streams: int) -> Tensor:

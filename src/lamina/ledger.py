@@ -135,8 +135,13 @@ class Ledger(Ops):
         return self._out((*x.shape[:-1], streams * x.shape[-1]), [x], [])
 
     def spread(self, p_RkD: Tensor, places: Sequence[tuple[int, int]], rows: int, streams: int) -> Tensor:
-        """Keeps nothing."""
-        return self._out((rows, streams * (p_RkD.numel() // p_RkD.shape[0])), [p_RkD], [])
+        """Keeps nothing; places are made again."""
+        count = p_RkD.shape[0]
+        out = self._out(
+            (rows, streams * (p_RkD.numel() // count)), [p_RkD], [], scratch=2 * INDEX_BYTES * count
+        )
+        self.blank((2, count), INDEX_BYTES)
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Keeps its input and the inverse root per row; the weight's gradient alone takes as much as x besides."""

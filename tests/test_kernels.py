@@ -220,9 +220,7 @@ KERNELS = {
     "group_linear that ends": group_linear(by_rows=False, biased=True),
     "group_linear that ends, without bias": group_linear(by_rows=False, biased=False),
     "fork": Kernel(lambda ops, x: ops.fork(x, 3), lambda x: x.repeat(1, 1, 3), [(BATCH, TOKENS, WIDTH)], 1),
-    "spread": Kernel(
-        lambda ops, p: ops.spread(p, ((1, 0), (4, 2), (2, 2)), 5, 3), spread_formula, [(3, 2, WIDTH)], 0
-    ),
+    "spread": Kernel(lambda ops, p: ops.spread(p, ((1, 0), (4, 2), (2, 2)), 5, 3), spread_formula, [(3, 2, WIDTH)], 0),
     "patches": patches(0, 0),
     "patches, lead": patches(1, 0),
     "patches, leads and registers": patches(2, 3),

@@ -137,9 +137,7 @@ class Ledger(Ops):
     def spread(self, p_RkD: Tensor, places: Sequence[tuple[int, int]], rows: int, streams: int) -> Tensor:
         """Keeps nothing; places are made again."""
         count = p_RkD.shape[0]
-        out = self._out(
-            (rows, streams * (p_RkD.numel() // count)), [p_RkD], [], scratch=2 * INDEX_BYTES * count
-        )
+        out = self._out((rows, streams * (p_RkD.numel() // count)), [p_RkD], [], scratch=2 * INDEX_BYTES * count)
         self.blank((2, count), INDEX_BYTES)
         return out
 

@@ -22,7 +22,7 @@ from lamina.methods import Method
 from lamina.model import Batch, Output
 from lamina.ops import TORCH, Ops
 from lamina.plan import Plan
-from lamina.spec import LINEARS, Act, Lora, Spec
+from lamina.spec import LINEARS, Act, Groups, Lora, Spec
 from lamina.watch import Watch
 
 NETWORKS = {
@@ -32,7 +32,12 @@ NETWORKS = {
     "qwen3, lora": replace(SPECS["qwen3"], lora=Lora(2, 3.0, LINEARS)),
     "vit without leads": replace(SPECS["vit"], leads=0, positions=9, pool="mean"),
 }
-every_network = pytest.mark.parametrize("name", NETWORKS)
+GROUPED = {
+    f"{name}, groups": replace(SPECS[name], groups=Groups(2, 1, (0, 1)))
+    for name in ("gpt2, classes", "bert", "dinov2", "qwen3, classes")
+}
+EVERY = NETWORKS | GROUPED
+every_network = pytest.mark.parametrize("name", EVERY)
 
 
 def drawn(spec: Spec) -> tuple[Params, Params, Batch, Tensor]:
@@ -58,7 +63,7 @@ def loss(spec: Spec, params: Params, given: Batch, targets: Tensor, ops: Ops, ch
     x_BSD, outputs = model.embed(spec, params, given.x, ops), []
     hides = given.hides(spec, x_BSD.shape[1], ops)
     for block in range(spec.blocks):
-        x_BSD = model.run_blocks(spec, params, x_BSD, [block], ops, hides)
+        x_BSD = model.run_blocks(spec, params, model.forked(spec, x_BSD, block, ops), [block], ops, hides)
         if block in (*spec.exits, spec.blocks - 1):
             at = block if block in spec.exits else spec.blocks
             outputs.append(Output(x_BSD, at, params, lengths_B=given.lengths_B))
@@ -79,7 +84,7 @@ def slope(
 @every_network
 def test_a_tangent_is_the_gradient_times_the_direction(name: str) -> None:
     """To ten digits: in any one tensor of the input, the middle block and the head, in each kind, and in all."""
-    spec = NETWORKS[name]
+    spec = EVERY[name]
     params, direction, given, targets = drawn(spec)
     rows = model.layout(spec).params
     for chunked in (False, True):
@@ -99,7 +104,7 @@ def test_a_tangent_is_the_gradient_times_the_direction(name: str) -> None:
 
 @every_network
 def test_what_is_frozen_runs_as_it_is(name: str) -> None:
-    spec = NETWORKS[name]
+    spec = EVERY[name]
     params, _, given, targets = drawn(spec)
     with torch.no_grad():
         plain = loss(spec, params, given, targets, TORCH, chunked=False)
@@ -126,6 +131,12 @@ def _attention(ops: Ops, t: Any, kinds: str, causal: bool, hidden: bool) -> Tens
 def _patches(ops: Ops, t: Any, kinds: str, leads: int, registers: int) -> Tensor:
     shapes = [(16, 3, 4, 4), (16,), (9 + leads, 16), (leads, 16), (registers, 16)]
     return ops.patches(t(2, 3, 12, 12), *mixed(t, kinds, *shapes))
+
+
+def _group_linear(ops: Ops, t: Any, kinds: str, by_rows: bool) -> Tensor:
+    x, weight = (48, (9, 16)) if by_rows else (9, (16, 9))
+    x, weight, bias = mixed(t, kinds, (2, 7, x), weight, weight[:1])
+    return ops.group_linear(x, weight, bias, (2, 4, 3), by_rows)
 
 
 IDS = torch.arange(24).reshape(2, 12) % 5
@@ -156,6 +167,13 @@ KERNELS: dict[str, Any] = {
         f"multiply {kinds}": lambda ops, t, k=kinds: ops.multiply(*mixed(t, k, (3, 9, 8), (8,)))
         for kinds in ("dd", "dp", "pd")
     },
+    **{
+        f"group linear {kinds}, by rows {by_rows}": lambda ops, t, k=kinds, r=by_rows: _group_linear(ops, t, k, r)
+        for kinds in ("ddd", "pd-", "dpp", "dp-", "pdd", "ppd")
+        for by_rows in (True, False)
+    },
+    "fork": lambda ops, t: ops.fork(dual(t, 2, 9, 8), 3),
+    "spread": lambda ops, t: ops.spread(dual(t, 3, 2, 16), ((1, 0), (4, 2), (2, 2)), 5, 3),
     "rotate": lambda ops, t: ops.rotate(dual(t, 2, 9, 24), 3, 1e4),
     "attention, grouped": lambda ops, t: _attention(ops, t, "ddd", causal=True, hidden=False),
     "attention, both ways": lambda ops, t: _attention(ops, t, "dpp", causal=False, hidden=False),

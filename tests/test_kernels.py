@@ -154,6 +154,27 @@ def patches(leads: int, registers: int) -> Kernel:
     return Kernel(call, formula, shapes, 0)
 
 
+def group_linear(by_rows: bool, biased: bool) -> Kernel:
+    """Three streams with two, four and three units."""
+    units = (2, 4, 3)
+
+    def formula(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        y = x @ torch.block_diag(*weight.split(units, 0 if by_rows else 1)).T  # type: ignore[no-untyped-call]
+        return y + rest[0].repeat(1 if by_rows else 3) if biased else y
+
+    def call(ops: Ops, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        return ops.group_linear(x, weight, rest[0] if biased else None, units, by_rows)
+
+    x, weight = ((3 * WIDTH, (9, WIDTH))) if by_rows else (9, (WIDTH, 9))
+    return Kernel(call, formula, [(BATCH, TOKENS, x), weight, *[weight[:1]] * biased], 1)
+
+
+def spread_formula(p: Tensor) -> Tensor:
+    out = torch.zeros(5, 2, 3, WIDTH, dtype=p.dtype)
+    out[1, :, 0], out[4, :, 2], out[2, :, 2] = p
+    return out.flatten(1)
+
+
 KERNELS = {
     "rms_norm": Kernel(lambda ops, x, w: ops.rms_norm(x, w, 1e-3), rms_formula, [(BATCH, TOKENS, WIDTH), (WIDTH,)], 1),
     "rms_norm of heads": Kernel(
@@ -193,6 +214,12 @@ KERNELS = {
     "embed, rotary": embed(types=False, first=0, positions=False),
     "embed, types": embed(types=True, first=0),
     "embed, second position": embed(types=True, first=2),
+    "group_linear": group_linear(by_rows=True, biased=True),
+    "group_linear without bias": group_linear(by_rows=True, biased=False),
+    "group_linear that ends": group_linear(by_rows=False, biased=True),
+    "group_linear that ends, without bias": group_linear(by_rows=False, biased=False),
+    "fork": Kernel(lambda ops, x: ops.fork(x, 3), lambda x: x.repeat(1, 1, 3), [(BATCH, TOKENS, WIDTH)], 1),
+    "spread": Kernel(lambda ops, p: ops.spread(p, ((1, 0), (4, 2), (2, 2)), 5, 3), spread_formula, [(3, 2, WIDTH)], 0),
     "patches": patches(0, 0),
     "patches, lead": patches(1, 0),
     "patches, leads and registers": patches(2, 3),

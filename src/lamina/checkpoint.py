@@ -101,7 +101,8 @@ def write(
 
     What has no place in that layout, such as exits, adapters and heads that no class of `transformers` has, is in
     lamina.safetensors beside it, by our names, with the sizes of the whole network in the metadata as JSON; others load
-    the network without it. In some families the heads are as wide as the network together; where they are not (a
+    the network without it. Where upper blocks are in groups, these sizes are all that is there, and what others load
+    is another function. In some families the heads are as wide as the network together; where they are not (a
     network cut in width), config.json has a `head_dim` of ours, and the folder is for us alone. A head that equals the
     embedding bit for bit is tied to it.
 
@@ -118,7 +119,7 @@ def write(
         UserError: No family has such a network, values are beyond the type, or the source cannot be read.
     """
     whole, params = model.merged(spec, params)
-    core = replace(whole, adapter=0, exits=())
+    core = replace(whole, adapter=0, exits=(), groups=None)
     family, architecture, config, has_head = express(core, read_config(source) if source else {})
     held = [name for name in layout(core).params if name in params and (has_head or not name.startswith("head."))]
     predicts = core.causal and not core.labels and "head.weight" in held
@@ -127,7 +128,7 @@ def write(
     theirs = {name: _as(dtype, name, tensor) for name, tensor in _theirs(family, architecture, stored, params)}
     carried = _carried(source, family, architecture, held) if source else {}
     files.write(folder / WEIGHTS, save(carried | theirs, metadata={"format": "pt"}))
-    if names := params.keys() - set(held):
+    if (names := params.keys() - set(held)) or whole.groups:
         ours = {name: _as(dtype, name, params[name]) for name in sorted(names)}
         files.write(folder / OURS, save(ours, metadata={"spec": json.dumps(asdict(whole))}))
     config.pop("dtype", None)  # the newer name of the same

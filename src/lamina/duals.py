@@ -146,6 +146,34 @@ class Duals(Ops):
             tangent = self._spread(db, (*x.shape[:-1], len(db)))
         return _dual(self._ops.linear(x, weight, bias), tangent)
 
+    def group_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
+    ) -> Tensor:
+        """As `linear`, in terms of their own."""
+        (x, dx), (weight, dw), (bias, db) = parts(x), parts(weight), maybe(bias)
+        tangent: Tensor | None = None
+        if dx is not None:
+            tangent = self._ops.group_linear(dx, weight, db, units, by_rows)
+        if dw is not None:
+            term = self._ops.group_linear(x, dw, db if dx is None else None, units, by_rows)
+            tangent = term if tangent is None else self._ops.add(tangent, term)
+        if tangent is None and db is not None:
+            copies = 1 if by_rows else len(units)
+            shape = (*x.shape[:-1], copies * len(db))
+            tangent = self._ops.compute(lambda: db.repeat(copies).expand(shape).clone(), shape, shape[-1])
+        return _dual(self._ops.group_linear(x, weight, bias, units, by_rows), tangent)
+
+    def fork(self, x: Tensor, streams: int) -> Tensor:
+        """Both alike."""
+        x, dx = parts(x)
+        return _dual(self._ops.fork(x, streams), None if dx is None else self._ops.fork(dx, streams))
+
+    def spread(self, p_RkD: Tensor, places: Sequence[tuple[int, int]], rows: int, streams: int) -> Tensor:
+        """Both alike."""
+        p, dp = parts(p_RkD)
+        tangent = None if dp is None else self._ops.spread(dp, places, rows, streams)
+        return _dual(self._ops.spread(p, places, rows, streams), tangent)
+
     def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
         """DX (W + S)^T + x dS^T + db."""
         (x, dx), (values, ds), (bias, db) = parts(x), parts(values), maybe(bias)

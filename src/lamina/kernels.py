@@ -6,8 +6,9 @@ Shape legend: as in `lamina.model`, and N tokens, k rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -158,6 +159,79 @@ def plus_sparse(weight: Tensor | Packed, values: Tensor, indices: Tensor) -> Ten
     whole = weight.unpack() if isinstance(weight, Packed) else weight.clone()
     whole.view(-1).index_add_(0, indices, values)
     return whole
+
+
+class GroupLinear(torch.autograd.Function):
+    """`Ops.group_linear`: y_g = x_g W_g^T + b_g for each stream g.
+
+    By rows, W [sum of units, D] is cut along its outputs: x_g has D numbers, y_g as many as there are units of g. By
+    columns, W [D, sum of units] is cut along its inputs, and all streams get the whole bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, units: tuple[int, ...], by_rows: bool
+    ) -> Tensor:
+        """Keeps the weight, and x where the weight trains."""
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.units, ctx.by_rows = units, by_rows
+        width = sum(units) if by_rows else len(units) * weight.shape[0]
+        out = x.new_empty(*x.shape[:-1], width)
+        rows, flat = out.view(-1, width), x.reshape(-1, x.shape[-1])
+        for into, of, part in _streams(weight, units, by_rows):
+            torch.mm(flat[:, into], part.T, out=rows[:, of])
+        if bias is not None:
+            rows.view(len(rows), -1, len(bias)).add_(bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        """Gradients of x, W and b, where each stream has its part of the first two."""
+        x, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            width = len(ctx.units) * weight.shape[1] if ctx.by_rows else weight.shape[1]
+            of_x = gradient.new_empty(*gradient.shape[:-1], width)
+            for into, of, part in _streams(weight, ctx.units, ctx.by_rows):
+                torch.mm(rows[:, of], part, out=of_x.view(-1, width)[:, into])
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.empty_like(weight)
+            flat = x.reshape(-1, x.shape[-1])
+            for into, of, part in _streams(of_weight, ctx.units, ctx.by_rows):
+                torch.mm(rows[:, of].T, flat[:, into], out=part)
+        if ctx.needs_input_grad[2]:
+            size = rows.shape[1] if ctx.by_rows else weight.shape[0]
+            of_bias = rows.view(len(rows), -1, size).sum((0, 1))
+        return of_x, of_weight, of_bias, None, None
+
+
+def _streams(weight: Tensor, units: Sequence[int], by_rows: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Of each stream, the columns of its inputs and of its outputs, and its part of the weight."""
+    width = weight.shape[1] if by_rows else weight.shape[0]
+    starts = accumulate(units, initial=0)
+    for place, (start, count) in enumerate(zip(starts, units, strict=False)):
+        own, whole = slice(start, start + count), slice(place * width, (place + 1) * width)
+        yield (whole, own, weight[own]) if by_rows else (own, whole, weight[:, own])
+
+
+class Spread(torch.autograd.Function):
+    """`Ops.spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, p_RkD: Tensor, places: tuple[tuple[int, int], ...], rows: int, streams: int) -> Tensor:
+        """Keeps nothing."""
+        ctx.places, ctx.shape = places, (rows, p_RkD.shape[1], streams, p_RkD.shape[2])
+        out = p_RkD.new_zeros(ctx.shape)
+        at, of = map(list, zip(*places, strict=True))
+        out[at, :, of] = p_RkD
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Of the rows of p alone."""
+        at, of = map(list, zip(*ctx.places, strict=True))
+        return gradient.reshape(ctx.shape)[at, :, of], None, None, None
 
 
 class Leading(torch.autograd.Function):

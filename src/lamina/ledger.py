@@ -111,14 +111,34 @@ class Ledger(Ops):
         return self._out(x.shape, [x, weight, bias], [x, statistics])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Keeps its input when the weight trains; one product forward, one more per gradient."""
+        """Keeps each of input and weight where the other has a gradient; one product forward, one more per gradient."""
         self._products(x, weight)
         sources = [x, weight] if bias is None else [x, weight, bias]
         scratch = FLOAT_BYTES * weight.numel() if _shape(weight).packed else 0
         unpacked = self._unpacked(weight)
         shape = (*x.shape[:-1], weight.shape[0])
-        out = self._out(shape, sources, [x] if _shape(weight).node else [], scratch)
+        out = self._out(shape, sources, _factors(x, weight), scratch)
         del unpacked
+        return out
+
+    def group_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
+    ) -> Tensor:
+        """As `linear`."""
+        self._products(x, weight)
+        sources = [x, weight] if bias is None else [x, weight, bias]
+        width = sum(units) if by_rows else len(units) * weight.shape[0]
+        return self._out((*x.shape[:-1], width), sources, _factors(x, weight))
+
+    def fork(self, x: Tensor, streams: int) -> Tensor:
+        """Keeps nothing."""
+        return self._out((*x.shape[:-1], streams * x.shape[-1]), [x], [])
+
+    def spread(self, p_RkD: Tensor, places: Sequence[tuple[int, int]], rows: int, streams: int) -> Tensor:
+        """Keeps nothing; places are made again."""
+        count = p_RkD.shape[0]
+        out = self._out((rows, streams * (p_RkD.numel() // count)), [p_RkD], [], scratch=2 * INDEX_BYTES * count)
+        self.blank((2, count), INDEX_BYTES)
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -436,3 +456,8 @@ class Ledger(Ops):
 
 def _shape(tensor: Tensor) -> Shape:
     return cast(Shape, tensor)
+
+
+def _factors(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """What a product keeps: each factor where the other has a gradient."""
+    return [each for each, other in ((x, weight), (weight, x)) if _shape(other).node]

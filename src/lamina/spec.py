@@ -72,6 +72,31 @@ class Factored:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Residual streams side by side, each with heads, units and classes of its own (Yu et al. 2021).
+
+    Before block `first_block` the stream is copied, once for each group. From there on, heads and units of a group see
+    its stream alone and add to it alone, and the logits of its classes come from it alone; the logits of classes of
+    groups that are not held are 0. Norms, and the biases that are added to a stream, are the same for all groups.
+
+    Attributes:
+        count: Groups of the whole network, at most as many as it has classes and heads (of keys).
+        first_block: The blocks before it have one stream.
+        held: Indices of the groups that are there, ascending.
+    """
+
+    count: int
+    first_block: int
+    held: tuple[int, ...]
+
+    def parts(self, size: int) -> tuple[range, ...]:
+        """Of `size` units, those of each group held: neighbours, the first groups with one more where need be."""
+        each, more = divmod(size, self.count)
+        starts = ((group, group * each + min(group, more)) for group in self.held)
+        return tuple(range(start, start + each + (group < more)) for group, start in starts)
+
+
+@dataclass(frozen=True)
 class Spec:
     """Sizes and switches of a network: all that is needed to know its layout and to run it. The defaults are GPT-2's.
 
@@ -115,6 +140,7 @@ class Spec:
             patches, or the first and the mean side by side, "first_mean".
         pooler: Activation of a dense layer between pool and head; none if empty.
         head_bias: Whether the head has a bias.
+        groups: Residual streams side by side in the upper blocks, if any, and the classes of each.
     """
 
     blocks: int
@@ -154,6 +180,7 @@ class Spec:
     pool: Pool = ""
     pooler: Literal["", "tanh", "relu"] = ""
     head_bias: bool = False
+    groups: Groups | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -180,6 +207,10 @@ class Spec:
         """Vectors before those of patches."""
         return self.leads + self.registers
 
+    def streams(self, block: int) -> int:
+        """Residual streams side by side in a block."""
+        return len(self.groups.held) if self.groups and block >= self.groups.first_block else 1
+
     def length(self, tokens: int) -> int:
         """Vectors in the residual stream of a sequence of so many tokens, or of an image."""
         return self.registers + self.positions if self.patch else tokens
@@ -188,7 +219,7 @@ class Spec:
 def spec_from_json(data: Mapping[str, Any]) -> Spec:
     """The spec of which `data` is `dataclasses.asdict`, after a detour through JSON or not."""
     values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
-    for key, cls in (("lora", Lora), ("sparse", Sparse), ("factored", Factored)):
+    for key, cls in (("lora", Lora), ("sparse", Sparse), ("factored", Factored), ("groups", Groups)):
         if values[key]:
             tuples = {name: tuple(each) for name, each in values[key].items() if isinstance(each, list)}
             values[key] = cls(**values[key] | tuples)

@@ -16,7 +16,7 @@ from lamina.fleet import DeviceClass
 from lamina.job import Local
 from lamina.methods import METHODS
 from lamina.methods.about import meanings, readable, written
-from lamina.pretrain import Pretrain
+from lamina.pretrain import PretrainImages, PretrainText
 
 INTRO = """# Keys of the TOML files
 
@@ -44,7 +44,7 @@ def page() -> str:
     parts += [section(f'`[task]` with `name = "{name}"`', cls) for name, cls in TASKS.items()]
     parts += [section(f'`[method]` with `name = "{name}"`', cls) for name, cls in METHODS.items()]
     parts += [section("`[local]`", Local), section("`[[fleet]]`, one per device class", DeviceClass)]
-    parts += [section("`lamina pretrain`", Pretrain)]
+    parts += [section(f"`lamina pretrain` from {cls.source}", cls) for cls in (PretrainText, PretrainImages)]
     return "\n".join(parts)
 
 

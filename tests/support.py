@@ -231,3 +231,14 @@ def outcome(folder: Path) -> Table:
         "manifest": {key: value for key, value in manifest.items() if key not in ("seconds", "lengths")},
         "model": (folder / "model" / checkpoint.WEIGHTS).read_bytes(),
     }
+
+
+def finished(out: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Weights and configs of all depths to the byte, and their reports without what the clock says."""
+    paths = {str(path.relative_to(out)): path for path in Path(out).glob("*/*")}
+    exact = {name: path.read_bytes() for name, path in paths.items() if not name.endswith("pretraining.json")}
+    reports = {name: json.loads(path.read_text()) for name, path in paths.items() if name not in exact}
+    for report in reports.values():
+        for point in report["curve"]:
+            del point[next(key for key in point if key.endswith("_per_second"))]
+    return exact, reports

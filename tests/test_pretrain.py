@@ -13,25 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import finished
 
 from lamina import checkpoint, files, model
-from lamina import pretrain as module
 from lamina.data.text import ALPHABET
 from lamina.errors import UserError
 from lamina.layout import Params
 from lamina.ops import TORCH
-from lamina.pretrain import Pretrain, Progress, grow, held_out, learning_rate, pretrain, validate
+from lamina.pretrain import Pretrain, PretrainText, Progress, grow, held_out, learning_rate, loop, pretrain, validate
 from lamina.spec import Spec
 
 RandomParams = Callable[[Spec, int], Params]
+CPU = torch.device("cpu")
 TEXT = "a rose is a rose is a rose, and so on. " * 120
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Pretrain:
+def job(tmp_path: Path) -> PretrainText:
     """Two depths, a few steps each; the deeper grows from the shallower."""
     (tmp_path / "text.txt").write_text(TEXT)
-    return Pretrain(
+    return PretrainText(
         text=str(tmp_path / "text.txt"),
         out=str(tmp_path / "out"),
         name="toy",
@@ -46,17 +47,6 @@ def job(tmp_path: Path) -> Pretrain:
         checkpoint_every=2,
         device="cpu",
     )
-
-
-def finished(out: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Weights and configs of all depths to the byte, and their reports without what the clock says."""
-    paths = {str(path.relative_to(out)): path for path in Path(out).glob("*/*")}
-    exact = {name: path.read_bytes() for name, path in paths.items() if not name.endswith("pretraining.json")}
-    reports = {name: json.loads(path.read_text()) for name, path in paths.items() if name not in exact}
-    for report in reports.values():
-        for point in report["curve"]:
-            del point["characters_per_second"]
-    return exact, reports
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 6])
@@ -99,7 +89,7 @@ def test_growing_leaves_the_old_network_alone(tiny: Spec, random_params: RandomP
     assert all(torch.equal(params[name], again[name]) for name in again)
 
 
-def test_learning_rate_rises_to_the_peak_and_falls(job: Pretrain) -> None:
+def test_learning_rate_rises_to_the_peak_and_falls(job: PretrainText) -> None:
     """Warm-up of 4 steps of 10: quarters up, then sixths down, the last step at a sixth."""
     job = replace(job, warmup=4, steps=(10, 10), lr=(1.2, 2.4))
     sixths = [learning_rate(job, 0, step) / 1.2 * 6 for step in range(10)]
@@ -121,7 +111,7 @@ def test_held_out_text_is_a_partition(characters: int) -> None:
         assert val[0] == pytest.approx(characters * 0.05, abs=60)
 
 
-def test_loss_falls_and_the_networks_can_be_loaded(job: Pretrain) -> None:
+def test_loss_falls_and_the_networks_can_be_loaded(job: PretrainText) -> None:
     points = list(pretrain(replace(job, steps=(50, 20), checkpoint_every=10, batch_size=16, lr=(2e-2, 1e-2))))
     assert [(point.depth, point.step) for point in points[:5]] == [(1, step) for step in (10, 20, 30, 40, 50)]
     assert [(point.depth, point.step) for point in points[5:]] == [(3, 10), (3, 20)]
@@ -132,12 +122,12 @@ def test_loss_falls_and_the_networks_can_be_loaded(job: Pretrain) -> None:
         folder = Path(job.out) / f"toy-{depth}"
         assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "pretraining.json"}
         spec, params = checkpoint.load(folder)
-        assert spec == job.spec(depth)
+        assert spec == job.read(CPU).spec(depth)
         assert checkpoint.read_alphabet(folder) == ALPHABET
         report = json.loads((folder / "pretraining.json").read_text())
         assert report["val_loss_nats"] == last.val_loss
         assert report["val_loss_nats_fp16_weights"] == pytest.approx(last.val_loss, abs=0.01)
-        _, val = held_out(module._text(job)[0])
+        val = job.read(CPU).val_ids
         assert report["val_characters"] == len(val)
         assert validate(spec, params, val, job.positions) == pytest.approx(report["val_loss_nats_fp16_weights"])
 
@@ -157,7 +147,9 @@ def test_validation_is_the_mean_over_whole_windows(tiny: Spec, random_params: Ra
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_stopped_and_resumed_training_is_the_same_to_the_bit(job: Pretrain, tmp_path: Path, precision: Any) -> None:
+def test_a_stopped_and_resumed_training_is_the_same_to_the_bit(
+    job: PretrainText, tmp_path: Path, precision: Any
+) -> None:
     job = replace(job, precision=precision)
     whole = list(pretrain(job))
     assert [(point.depth, point.step) for point in whole] == [(1, 2), (1, 4), (1, 6), (3, 2), (3, 4), (3, 5)]
@@ -171,7 +163,7 @@ def test_a_stopped_and_resumed_training_is_the_same_to_the_bit(job: Pretrain, tm
         assert finished(other.out) == finished(job.out)
 
 
-def take(job: Pretrain, points: int) -> list[Progress]:
+def take(job: PretrainText, points: int) -> list[Progress]:
     """Train to a checkpoint, then stop."""
     training = pretrain(job)
     taken = [next(training) for _ in range(points)]
@@ -180,7 +172,7 @@ def take(job: Pretrain, points: int) -> list[Progress]:
 
 
 def test_a_stop_between_checkpoints_goes_back_to_the_last(
-    job: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: PretrainText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list(pretrain(job))
     other = replace(job, out=str(tmp_path / "stopped"))
@@ -191,20 +183,20 @@ def test_a_stop_between_checkpoints_goes_back_to_the_last(
         return learning_rate(job, index, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "learning_rate", stop)
+        patch.setattr(loop, "learning_rate", stop)
         list(pretrain(other))
     assert {(point.depth, point.step) for point in pretrain(other)} == {(1, 4), (1, 6), (3, 2), (3, 4), (3, 5)}
     assert finished(other.out) == finished(job.out)
 
 
-def test_what_is_finished_is_not_trained_again(job: Pretrain) -> None:
+def test_what_is_finished_is_not_trained_again(job: PretrainText) -> None:
     list(pretrain(job))
     before = finished(job.out)
     assert list(pretrain(job)) == []
     assert finished(job.out) == before
 
 
-def test_without_growth_a_depth_depends_on_no_other(job: Pretrain, tmp_path: Path) -> None:
+def test_without_growth_a_depth_depends_on_no_other(job: PretrainText, tmp_path: Path) -> None:
     list(pretrain(replace(job, grow=False)))
     alone = replace(job, grow=False, depths=(3,), steps=(5,), lr=(5e-3,), out=str(tmp_path / "alone"))
     list(pretrain(alone))
@@ -213,7 +205,7 @@ def test_without_growth_a_depth_depends_on_no_other(job: Pretrain, tmp_path: Pat
 
 
 @pytest.mark.parametrize("change", [{"lr": (1e-3, 5e-3)}, {"seed": 1}, {"batch_size": 5}, {"text": "other.txt"}])
-def test_a_state_of_another_recipe_is_refused(job: Pretrain, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_state_of_another_recipe_is_refused(job: PretrainText, tmp_path: Path, change: dict[str, Any]) -> None:
     take(job, 1)
     if "text" in change:
         (tmp_path / "other.txt").write_text(TEXT + "and on")
@@ -228,7 +220,7 @@ def test_a_state_of_another_recipe_is_refused(job: Pretrain, tmp_path: Path, cha
     assert state.read_bytes() == before
 
 
-def test_the_folder_is_no_part_of_the_recipe(job: Pretrain, tmp_path: Path) -> None:
+def test_the_folder_is_no_part_of_the_recipe(job: PretrainText, tmp_path: Path) -> None:
     take(job, 1)
     Path(job.out).rename(tmp_path / "moved")
     (tmp_path / "text.txt").rename(tmp_path / "moved" / "text.txt")
@@ -236,7 +228,7 @@ def test_the_folder_is_no_part_of_the_recipe(job: Pretrain, tmp_path: Path) -> N
     assert take(moved, 1)[0].step == 4
 
 
-def test_a_damaged_state_is_refused(job: Pretrain) -> None:
+def test_a_damaged_state_is_refused(job: PretrainText) -> None:
     take(job, 1)
     state = Path(job.out) / "toy-1" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-10])
@@ -244,7 +236,7 @@ def test_a_damaged_state_is_refused(job: Pretrain) -> None:
         next(pretrain(job))
 
 
-def test_too_little_text_is_refused(job: Pretrain) -> None:
+def test_too_little_text_is_refused(job: PretrainText) -> None:
     """1 % of 799 characters are at most 8, as many as a sequence has, without the target of the last."""
     Path(job.text).write_text(TEXT[:799])
     with pytest.raises(UserError) as caught:
@@ -254,7 +246,7 @@ def test_too_little_text_is_refused(job: Pretrain) -> None:
     assert next(pretrain(job)).step == 2
 
 
-def test_missing_text_and_device_are_refused(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_text_and_device_are_refused(job: PretrainText, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"does not exist; did you mean .*text\.txt\?"):
         next(pretrain(replace(job, text=job.text.replace("text.txt", "test.txt"))))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -275,20 +267,20 @@ def test_missing_text_and_device_are_refused(job: Pretrain, monkeypatch: pytest.
         ({"heads": 3}, "embed (16) must be a multiple of heads (3)"),
     ],
 )
-def test_impossible_recipes_are_refused(job: Pretrain, change: dict[str, Any], says: str) -> None:
+def test_impossible_recipes_are_refused(job: PretrainText, change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError) as caught:
-        Pretrain(**(asdict(job) | change))
+        PretrainText(**(asdict(job) | change))
     assert str(caught.value) == says
 
 
-def test_a_finished_network_of_another_recipe_is_refused(job: Pretrain) -> None:
+def test_a_finished_network_of_another_recipe_is_refused(job: PretrainText) -> None:
     list(pretrain(job))
     shutil.rmtree(Path(job.out) / "toy-3")
     with pytest.raises(UserError, match="another recipe"):
         list(pretrain(replace(job, seed=1)))
 
 
-def test_a_stop_while_finishing_is_made_good(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_while_finishing_is_made_good(job: PretrainText, monkeypatch: pytest.MonkeyPatch) -> None:
     write = files.write
 
     def full(path: Path, content: bytes | str) -> None:
@@ -300,10 +292,10 @@ def test_a_stop_while_finishing_is_made_good(job: Pretrain, monkeypatch: pytest.
         patch.setattr(files, "write", full)
         list(pretrain(job))
     list(pretrain(job))
-    assert checkpoint.read_spec(Path(job.out) / "toy-1") == job.spec(1)
+    assert checkpoint.read_spec(Path(job.out) / "toy-1") == job.read(CPU).spec(1)
 
 
-def test_a_finished_family_can_get_a_deeper_member(job: Pretrain) -> None:
+def test_a_finished_family_can_get_a_deeper_member(job: PretrainText) -> None:
     """What a network depends on is its own recipe and that of those it grew from, not that of deeper ones."""
     shallow = replace(job, depths=job.depths[:1], steps=job.steps[:1], lr=job.lr[:1])
     list(pretrain(shallow))
@@ -313,6 +305,6 @@ def test_a_finished_family_can_get_a_deeper_member(job: Pretrain) -> None:
 
 
 @pytest.mark.parametrize("key", ["warmup", "weight_decay", "clip", "seed"])
-def test_negative_settings_are_refused(key: str, job: Pretrain) -> None:
+def test_negative_settings_are_refused(key: str, job: PretrainText) -> None:
     with pytest.raises(ValueError, match=f"{key} must not be negative, got -1"):
-        Pretrain(**(asdict(job) | {key: -1}))
+        PretrainText(**(asdict(job) | {key: -1}))

@@ -27,12 +27,16 @@ from lamina.fleet import DeviceClass
 from lamina.job import Local
 from lamina.methods import METHODS
 from lamina.model import init
-from lamina.pretrain import Pretrain
+from lamina.pretrain import PretrainImages, PretrainText
 
 ROOT = Path(__file__).parents[1]
 COMMON = "absent on_infeasible weighting fallback directions zeroth_lr"
 DEALING = "split devices alpha classes_per_device min_examples"
 LORA = "depth train_head rank alpha targets"
+PRETRAIN = (
+    "out name steps lr depths embed heads batch_size warmup weight_decay clip grow precision device threads "
+    "checkpoint_every seed"
+)
 KEYS = {
     "": (
         config.Experiment,
@@ -80,11 +84,8 @@ KEYS = {
     "method mezo": (METHODS["mezo"], f"{COMMON} rank alpha targets trains"),
     "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
     "fleet": (DeviceClass, "name share memory uplink downlink flops"),
-    "pretrain": (
-        Pretrain,
-        "text out name steps lr depths embed heads positions batch_size warmup weight_decay clip grow precision device "
-        "threads checkpoint_every seed",
-    ),
+    "pretrain text": (PretrainText, f"{PRETRAIN} text positions"),
+    "pretrain images": (PretrainImages, f"{PRETRAIN} images patch augment"),
 }
 OPTIONS = {
     "run": "FILE --set --resume --out --json",

@@ -207,7 +207,7 @@ def methods(
 
 @app.command()
 def pretrain(file: File, overrides: Set = NOTHING, as_json: Json = False) -> None:
-    """Pretrain one network per depth from plain text; the same command goes on after a stop."""
+    """Pretrain one network per depth from plain text or images; the same command goes on after a stop."""
     from lamina import config
     from lamina.pretrain import pretrain as train
     from lamina.view import View

@@ -19,7 +19,7 @@ from lamina.fleet import DeviceClass
 from lamina.job import Local
 from lamina.levers import Allowed, rungs
 from lamina.methods import METHODS, Method
-from lamina.pretrain import Pretrain
+from lamina.pretrain import Pretrain, PretrainImages, PretrainText
 
 T = TypeVar("T")
 
@@ -175,12 +175,19 @@ def experiment(table: Mapping[str, Any], where: str) -> Experiment:
 
 
 def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Pretrain:
-    """The pretraining job in a TOML file; relative paths in it are relative to the working folder.
+    """The pretraining job in a TOML file, from text or images; relative paths in it are relative to the working folder.
 
     Raises:
         UserError: As `load_experiment`.
     """
-    return _build(Pretrain, _read(path, overrides), str(path))
+    table, kinds = _read(path, overrides), (PretrainText, PretrainImages)
+    found = [cls for cls in kinds if cls.source in table]
+    if len(found) != 1:
+        given = "both" if found else "neither"
+        raise UserError(
+            f"{path}: what to learn from is given as {' or '.join(cls.source for cls in kinds)}; got {given}"
+        )
+    return _build(found[0], table, str(path))
 
 
 def dump(table: Mapping[str, Any]) -> str:

@@ -74,14 +74,14 @@ class View:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task("", total=sum(job.steps), note="reading the text")
+            task = bar.add_task("", total=sum(job.steps), note=f"reading the {job.source}")
 
             def show(point: Point) -> None:
                 before = sum(s for d, s in zip(job.depths, job.steps, strict=True) if d < point.depth)
                 bar.update(task, completed=before + point.step, note=f"depth {point.depth}")
                 self.say(
-                    f"depth {point.depth} step {point.step}/{point.steps}: loss {point.train_loss:.4f}, "
-                    f"validation {point.val_loss:.4f} nats, {point.characters_per_second:,.0f} characters/s"
+                    f"depth {point.depth} step {point.step}/{point.steps}: loss {point.train_loss:.4f},"
+                    f" validation {point.val_loss:.4f} nats, {point.told()}"
                 )
 
             yield show

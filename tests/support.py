@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lamina.methods.blocks import Alf, Caff
 from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.exact import FlexLora
 from lamina.methods.forward import Mezo, Spry
+from lamina.methods.groups import Fed2
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask
@@ -38,6 +40,8 @@ Table = dict[str, Any]
 
 WINDOW, STEPS, TURN = 16, 3, Turn(seed=0, round=0, rounds=1)
 LOCAL = Local(lr=0.02, steps=STEPS, batch_size=4)  # AdamW: even gradients that vanish but for rounding move a tensor
+
+CLASSES = ("birds", "fish", "insects", "plants", "stones")
 
 VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items()} | {
     "caff without head": Caff(train_head=False, train_embeddings=False),
@@ -61,12 +65,27 @@ VARIANTS: dict[str, Method] = {name: method() for name, method in METHODS.items(
     "spry with head": Spry(rank=2, targets="all", blocks=2, train_head=True, directions=2),
     "mezo all": Mezo(trains="all", directions=2),
     "mezo head": Mezo(trains="head"),
+    "fed2 everywhere": Fed2(groups=2, shared=0.0),
 }
 
 
 def spec(blocks: int) -> Spec:
     """Sizes of `tiny-<blocks>`: 2048 weights in the embeddings, 3280 per block, 1568 in the final norm and the head."""
     return Spec(blocks, embed=16, heads=2, head_dim=8, ffn=64, vocab=len(ALPHABET), positions=32)
+
+
+def suited(method: Method, network: Spec) -> Spec:
+    """The network as a task takes it that the method can do: with a head for classes where it can do no other."""
+    return network if "language" in method.tasks else replace(network, labels=len(CLASSES), pool="last")
+
+
+def suited_task(method: Method, table: Table) -> Table:
+    """The task of an experiment, or, where the method cannot do it, one of texts with classes."""
+    if "language" in method.tasks:
+        return dict(table["task"])
+    path = write_texts(Path(table["task"]["path"]).parent)
+    settings = {"devices": 6, "window": WINDOW, "split": "dirichlet", "alpha": 2.0, "min_examples": 10}
+    return {"name": "text-classification", "path": str(path)} | settings
 
 
 def weights(spec: Spec, seed: int = 0) -> Params:
@@ -90,6 +109,18 @@ def write_roles(folder: Path, roles: int = 7) -> Path:
         drawn = generator("roles", i).choice(words, 200)
         texts[f"PLAY|ROLE{i}"] = " ".join(drawn)[: 256 + 48 * i]
     path.write_text(json.dumps(texts), encoding="utf-8")
+    return path
+
+
+def write_texts(folder: Path, texts: int = 150) -> Path:
+    """Made-up texts longer than a window, all of words of their class."""
+    lines = ["text,label"]
+    for i in range(texts):
+        label = CLASSES[i % len(CLASSES)]
+        words = [f"{label[:3]}{letter}" for letter in "abcdef"]
+        lines.append(f"{' '.join(generator('texts', i).choice(words, 6))},{label}")
+    path = folder / "texts.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 

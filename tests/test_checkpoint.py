@@ -143,7 +143,7 @@ def test_a_config_that_is_no_json_object(folder: Path, content: bytes, says: str
     [
         (
             {"activation_function": "mish"},
-            "FOLDER/config.json: activation_function is 'mish'; accepted: gelu, gelu_new, gelu_pytorch_tanh, relu, silu, ",
+            "FOLDER/config.json: activation_function is 'mish'; accepted: gelu, gelu_new, gelu_pytorch_tanh, relu",
         ),
         ({"activation_function": None}, "FOLDER/config.json: activation_function is None; accepted: gelu, gelu_new, "),
         ({"model_type": "lama"}, "FOLDER/config.json: model_type is 'lama'; did you mean 'llama'? accepted: gpt2, "),

@@ -15,7 +15,7 @@ from rich.console import Console
 from lamina import drawing
 from lamina.data.task import Pairs, Task
 from lamina.drawing import SHADES, drawn, spread
-from lamina.tables import Table
+from lamina.table import Table
 from lamina.view import View
 
 

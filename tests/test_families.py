@@ -104,11 +104,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
-    tensors = load_file(folder / "model.safetensors") | {n.replace("__", "."): t for n, t in changes.items()}  # type: ignore[operator]
-    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
-
-
 def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     for name, tensor in left.items():

@@ -183,6 +183,9 @@ def test_rows_come_back_in_any_order(
     got = rows.read(np.array(picked, dtype=np.int64))
     assert got.dtype == torch.float32
     assert torch.equal(got, new[torch.tensor(picked, dtype=torch.int64)].to(dtype).float())
+    for count in range(1, shape[0] + 1):
+        beginnings = rows.read(np.array(picked, dtype=np.int64), count)
+        assert torch.equal(beginnings, got[:, :count]) and beginnings.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -10,7 +10,22 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from support import LOCAL, STEPS, TURN, WINDOW, Table, begin, bits, moved, play, spec, weights, write_world
+from support import (
+    LOCAL,
+    STEPS,
+    TURN,
+    WINDOW,
+    Table,
+    begin,
+    bits,
+    moved,
+    play,
+    spec,
+    suited,
+    suited_task,
+    weights,
+    write_world,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -517,7 +532,7 @@ FALLING = [name for name, cls in METHODS.items() if not cls.for_fleet and cls no
 def test_every_method_falls_back(name: str, gradient: Any, world: Table, tmp_path: Path) -> None:
     """Its devices take part in a round, each sending what was asked for, in the memory that was foreseen."""
     method = replace(METHODS[name](), fallback=gradient)
-    network = method.adapt(SPEC)
+    network = method.adapt(suited(method, SPEC))
     turns = [Turn(0, each, 3) for each in method.peak_rounds(3)]
     resorts = [next(method.last_resort(network, turn, {})) for turn in turns]
     plan = resorts[0]
@@ -532,7 +547,8 @@ def test_every_method_falls_back(name: str, gradient: Any, world: Table, tmp_pat
     table = {"name": name, "fallback": gradient, "on_infeasible": "drop"}
     most = max(cost(network, each, LOCAL, WINDOW, STEPS, method).memory_bytes for each in resorts)
     fleet = [{"name": "weak", "memory": most}]
-    run = begin(world | {"method": table, "fleet": fleet, "cohort": 2}, tmp_path)
+    task = suited_task(method, world)
+    run = begin(world | {"task": task, "method": table, "fleet": fleet, "cohort": 2}, tmp_path)
     state, rows = play(run)
     assert [(row.plan, row.rejected) for row in rows] == [(plan.label, None)] * 2
     assert moved(run.state.params, state.params)

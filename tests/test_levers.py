@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support import TURN, VARIANTS, bits, moved, spec, weights
+from support import CLASSES, TURN, VARIANTS, bits, moved, spec, suited, weights
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,6 +83,21 @@ class Sequences:
 
     def at(self, turn: Turn) -> Sequences:
         return self
+
+
+@dataclass(frozen=True)
+class Classified(Sequences):
+    """The same, cut at different lengths, each with a class."""
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids, following = super().batch(rows)
+        ids[np.arange(self.tokens) > following[:, :1] % self.tokens] = -1
+        return ids, following[:, -1:] % len(CLASSES)
+
+
+def examples(network: Spec, count: int, tokens: int) -> Sequences:
+    """Random ones that the network takes."""
+    return (Classified if network.labels else Sequences)(count, tokens)
 
 
 def run(
@@ -169,11 +184,11 @@ DISTINCT = [name for name in EXACT_LEVERS if name not in TOO_ALIKE]
 def test_exact_levers_leave_every_method_as_it_is(variant: str, name: str) -> None:
     """Twenty steps of AdamW; blocks run one or two sequences at a time where they run in slices."""
     method = VARIANTS[variant]
-    network = method.adapt(SPEC)
+    network = method.adapt(suited(method, SPEC))
     plans = list(method.plans(network, TURN, {}))
     plan = replace(plans[len(plans) // 2], levers=Levers())  # without those that are the method's own
     local = Local(lr=3e-3, steps=20, batch_size=4, weight_decay=0.1)
-    same(network, plan, EXACT_LEVERS[name], local, Sequences(18, 12), 24, method)
+    same(network, plan, EXACT_LEVERS[name], local, examples(network, 18, 12), 24, method)
 
 
 LOCALS = {
@@ -197,13 +212,13 @@ def test_exact_levers_leave_every_optimizer_as_it_is(local: Local, lever: Levers
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_all_levers_at_once_leave_every_plan_as_it_is(variant: str) -> None:
     method = VARIANTS[variant]
-    network = method.adapt(SPEC)
+    network = method.adapt(suited(method, SPEC))
     plans = list(method.plans(network, TURN, {}))
     for plan in plans[:: 1 + len(plans) // 5]:
         for lever, slice_tokens in ((EXACT_LEVERS["all, micro 3"], 24), (ALL_EXACT, 256)):
             local = replace(LOCALS["momentum, clipped"], steps=2)
             bare = replace(plan, levers=Levers())
-            same(network, bare, lever, local, Sequences(18, 12), slice_tokens, method)
+            same(network, bare, lever, local, examples(network, 18, 12), slice_tokens, method)
 
 
 @every_exact

@@ -26,6 +26,8 @@ from support import (
     outcome,
     play,
     spec,
+    suited,
+    suited_task,
     weights,
     write_world,
 )
@@ -70,7 +72,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Table:
 def on(world: Table, method: Method, weak: int | None = None, **changes: Any) -> Table:
     """The experiment with another method, and classes of devices without limits and with this much memory."""
     fleet = [{"name": "strong"}] + ([{"name": "weak", "memory": weak}] if weak else [])
-    return world | {"method": to_table(method), "fleet": fleet} | changes
+    task = suited_task(method, world)
+    return world | {"task": task, "method": to_table(method), "fleet": fleet} | changes
 
 
 def name_of(method: Method) -> str:
@@ -84,9 +87,10 @@ class Server:
     method: Method
 
     def __post_init__(self) -> None:
-        self.spec = self.method.adapt(spec(3))
+        plain = suited(self.method, spec(3))
+        self.spec = self.method.adapt(plain)
         self.layout = model.layout(self.spec)
-        self.params = self.method.equip(self.spec, weights(self.spec), weights(spec(3)))
+        self.params = self.method.equip(self.spec, weights(self.spec), weights(plain))
         self.turn = max(
             (Turn(0, each, 3, 0) for each in self.method.peak_rounds(3)),
             key=lambda turn: self.price(next(self.method.plans(self.spec, turn, {}))).memory_bytes,
@@ -117,7 +121,7 @@ def cheapest(method: Method) -> int:
 
 def plans_of(method: Method) -> tuple[Spec, Layout, list[Plan]]:
     """tiny-3 with what the method adds, its layout, and the plans of the method on it."""
-    adapted = method.adapt(spec(3))
+    adapted = method.adapt(suited(method, spec(3)))
     return adapted, model.layout(adapted), list(method.plans(adapted, TURN, {}))
 
 
@@ -233,7 +237,7 @@ def test_a_device_gives_back_what_its_plan_trains_and_nothing_else_moves(
 
 def whole(method: Method) -> bool:
     """Whether every device holds a network that runs through all blocks, uncut and with all that others train."""
-    network = method.adapt(spec(3))
+    network = method.adapt(suited(method, spec(3)))
     plans = list(method.plans(network, TURN, {}))
     outer = {"embed.tokens", "head.weight", *(f"h.{i}.norm1.weight" for i in range(3))}
     return not any(plan.keep or plan.network or outer - plan.holds for plan in plans)

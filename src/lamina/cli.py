@@ -226,6 +226,55 @@ def pretrain(file: File, overrides: Set = NOTHING, as_json: Json = False) -> Non
     view.say(f"networks in {job.out}: {', '.join(f'{job.name}-{depth}' for depth in job.depths)}")
 
 
+@app.command("import")
+def bring(
+    folder: Annotated[Path, typer.Argument(help="Folder as transformers writes it.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the folder of the network goes.")] = Path("networks"),
+    name: Annotated[str, typer.Option(help="Of the network; by default that of the folder.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace a network of that name.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a pretrained network from a Hugging Face folder and copy what is needed of it."""
+    from lamina import imports
+    from lamina.table import Table
+    from lamina.view import View
+
+    name = name or folder.resolve().name
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise UserError(f"--name must be the name of a folder, got {name!r}")
+    found = imports.bring(folder, out / name, force)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    view = View()
+    view.table(Table(name, ("", ""), found.rows(), left=2))
+    view.say(f"network {found.folder}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The folder to make; by default RUN/export.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace a network in that folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the network of a finished run as a folder for transformers, with an adapter for peft where there is one."""
+    from lamina.export import export as write
+    from lamina.view import View
+
+    done = write(run, out or run / "export", dtype, force)
+    if as_json:
+        _print_json(done.to_json())
+        return
+    view = View()
+    view.say(f"{done.architecture} in {done.dtype}: {done.folder}")
+    if done.beside:
+        view.say(f"beside it, in lamina.safetensors: {', '.join(done.beside)}; see README.md there")
+    if done.adapter:
+        view.say(f"adapter {done.folder / 'adapter'}" if done.adapter is True else f"no adapter: {done.adapter}")
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 

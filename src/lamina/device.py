@@ -120,8 +120,8 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _write(folder: Path, job: Job, shard: Shard, spec: Spec, limit_bytes: int | None, look: Look) -> None:
-    ids, targets = shard.batch(np.arange(len(shard)))
-    np.save(folder / "ids.npy", ids)
+    inputs, targets = shard.at(job.turn).batch(np.arange(len(shard)))
+    np.save(folder / "inputs.npy", inputs)
     np.save(folder / "targets.npy", targets)
     for kind, arrays in (("arrays", job.arrays), ("state", job.state)):
         save_file({name: array.contiguous() for name, array in arrays.items()}, folder / f"{kind}.safetensors")

@@ -11,7 +11,7 @@ import numpy as np
 from rich.cells import cell_len, set_cell_size
 
 from lamina.data.task import Task
-from lamina.tables import Table
+from lamina.table import Table
 
 SHADES = " ░▒▓█"
 _EIGHTHS = " ▏▎▍▌▋▊▉"

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lamina.kernels import Mix, plus_sparse
+from lamina import tangents
+from lamina.kernels import Mix
 from lamina.ops import Ops
-from lamina.packed import Packed
-from lamina.spec import Act
+from lamina.spec import Act, Pool
 
 T = TypeVar("T")
 
@@ -56,9 +55,14 @@ class Dual:
         return self.value.detach()
 
 
-def parts(x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Value and tangent of what is a dual number or a plain tensor, which has none."""
-    return (x.value, x.tangent) if isinstance(x, Dual) else (cast(Tensor, x), None)
+    return (x.value, x.tangent) if isinstance(x, Dual) else (x, None)
+
+
+def maybe(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The same of what may not be there."""
+    return (None, None) if x is None else parts(x)
 
 
 def _dual(value: Tensor, tangent: Tensor | None) -> Tensor:
@@ -76,30 +80,61 @@ class Duals(Ops):
         self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0
     ) -> Tensor:
         """The same lookup."""
-        assert positions is not None and types is None and not first
-        (tokens, dt), (positions, dp) = parts(tokens), parts(positions)
-        shape = (*ids.shape, tokens.shape[1])
+        (tokens, dt), (positions, dp), (types, dy) = parts(tokens), maybe(positions), maybe(types)
+        width = tokens.shape[1]
         tangent: Tensor | None = None
-        if dt is not None and dp is not None:
-            tangent = self._ops.embed(ids, dt, dp)
-        elif dt is not None:
-            tangent = self._ops.compute(lambda: F.embedding(ids, dt), shape)
-        elif dp is not None:
-            tangent = self._ops.compute(lambda: dp[: shape[1]].expand(shape).clone(), shape)
-        return _dual(self._ops.embed(ids, tokens, positions), tangent)
+        if not (dt is None and dp is None and dy is None):
+            tangent = self._ops.compute(lambda: tangents.embed(ids, width, dt, dp, dy, first), (*ids.shape, width))
+        return _dual(self._ops.embed(ids, tokens, positions, types, first), tangent)
+
+    def patches(
+        self,
+        pixels_BCYX: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        positions: Tensor,
+        leads: Tensor | None,
+        registers: Tensor | None,
+    ) -> Tensor:
+        """The same map of what has a tangent."""
+        duals = [maybe(each) for each in (weight, bias, positions, leads, registers)]
+        tables, moved = zip(*duals, strict=True)
+        value = self._ops.patches(pixels_BCYX, *tables)
+        if all(each is None for each in moved):
+            return value
+        batch, length, width = value.shape
+        leading, others = (0 if each is None else each.shape[0] for each in tables[3:])
+        number, inputs = batch * (length - leading - others), weight.numel() // width
+        maps = moved[0] is not None
+        tangent = self._ops.compute(
+            lambda: tangents.patches(pixels_BCYX, value.shape, (leading, others), moved),
+            value.shape,
+            maps * max(number * width, number * (inputs + width) - value.numel()),
+            maps * 2 * number * inputs * width,
+        )
+        return _dual(value, tangent)
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """With n the normalised input: w dn + n dw + db; see `_norm_tangent`."""
+        """With n the normalised input: w dn + n dw + db; see `tangents.norm`."""
         (x, dx), (weight, dw), (bias, db) = parts(x), parts(weight), parts(bias)
         tangent: Tensor | None = None
         if not (dx is None and dw is None and db is None):
             besides = 2 * (x.numel() // x.shape[-1]) + (x.numel() if dx is not None and dw is not None else 0)
-            tangent = self._ops.compute(lambda: _norm_tangent(x, weight, dx, dw, db, eps), x.shape, besides)
+            tangent = self._ops.compute(lambda: tangents.norm(x, weight, dx, dw, db, eps), x.shape, besides)
         return _dual(self._ops.norm(x, weight, bias, eps), tangent)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """With r the inverse root: r [w (dx - x r^2 mean(x dx)) + x dw]."""
+        (x, dx), (weight, dw) = parts(x), parts(weight)
+        tangent: Tensor | None = None
+        if not (dx is None and dw is None):
+            besides = (1 + (dx is not None)) * (x.numel() // x.shape[-1])
+            tangent = self._ops.compute(lambda: tangents.rms_norm(x, weight, dx, dw, eps), x.shape, besides)
+        return _dual(self._ops.rms_norm(x, weight, eps), tangent)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """DX W^T + x dW^T + db."""
-        (x, dx), (weight, dw), (bias, db) = parts(x), parts(weight), parts(bias)
+        (x, dx), (weight, dw), (bias, db) = parts(x), parts(weight), maybe(bias)
         tangent: Tensor | None = None
         if dx is not None:
             tangent = self._ops.linear(dx, weight, db)
@@ -111,14 +146,42 @@ class Duals(Ops):
             tangent = self._spread(db, (*x.shape[:-1], len(db)))
         return _dual(self._ops.linear(x, weight, bias), tangent)
 
+    def group_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
+    ) -> Tensor:
+        """As `linear`, in terms of their own."""
+        (x, dx), (weight, dw), (bias, db) = parts(x), parts(weight), maybe(bias)
+        tangent: Tensor | None = None
+        if dx is not None:
+            tangent = self._ops.group_linear(dx, weight, db, units, by_rows)
+        if dw is not None:
+            term = self._ops.group_linear(x, dw, db if dx is None else None, units, by_rows)
+            tangent = term if tangent is None else self._ops.add(tangent, term)
+        if tangent is None and db is not None:
+            copies = 1 if by_rows else len(units)
+            shape = (*x.shape[:-1], copies * len(db))
+            tangent = self._ops.compute(lambda: db.repeat(copies).expand(shape).clone(), shape, shape[-1])
+        return _dual(self._ops.group_linear(x, weight, bias, units, by_rows), tangent)
+
+    def fork(self, x: Tensor, streams: int) -> Tensor:
+        """Both alike."""
+        x, dx = parts(x)
+        return _dual(self._ops.fork(x, streams), None if dx is None else self._ops.fork(dx, streams))
+
+    def spread(self, p_RkD: Tensor, places: Sequence[tuple[int, int]], rows: int, streams: int) -> Tensor:
+        """Both alike."""
+        p, dp = parts(p_RkD)
+        tangent = None if dp is None else self._ops.spread(dp, places, rows, streams)
+        return _dual(self._ops.spread(p, places, rows, streams), tangent)
+
     def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
         """DX (W + S)^T + x dS^T + db."""
-        (x, dx), (values, ds), (bias, db) = parts(x), parts(values), parts(bias)
+        (x, dx), (values, ds), (bias, db) = parts(x), parts(values), maybe(bias)
         tangent: Tensor | None = None
         if not (dx is None and ds is None):
             each = 2 * (x.numel() // x.shape[-1]) * weight.numel()
             tangent = self._ops.compute(
-                lambda: _sparse_tangent(x, weight, values, indices, dx, ds, db),
+                lambda: tangents.sparse(x, weight, values, indices, dx, ds, db),
                 (*x.shape[:-1], weight.shape[0]),
                 weight.numel(),
                 each * ((dx is not None) + (ds is not None)),
@@ -131,13 +194,45 @@ class Duals(Ops):
         return self._ops.compute(lambda: db.expand(shape).clone(), shape)
 
     def act(self, x: Tensor, kind: Act) -> Tensor:
-        """Gelu'(x) dx: the kernel that torch has for backward."""
+        """Act'(x) dx."""
         x, dx = parts(x)
+        value = self._ops.act(x, kind)
         if dx is None:
-            return self._ops.act(x, kind)
-        assert kind == "gelu_tanh"
-        tangent = self._ops.compute(lambda: torch.ops.aten.gelu_backward(dx, x, approximate="tanh"), x.shape)
-        return _dual(self._ops.act(x, kind), tangent)
+            return value
+        return _dual(value, self._ops.compute(lambda: tangents.act(x, value, dx, kind), x.shape))
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Silu'(gate) dgate up + silu(gate) dup."""
+        (gate, dg), (up, du) = parts(gate), parts(up)
+        tangent: Tensor | None = None
+        if not (dg is None and du is None):
+            besides = up.numel() if dg is not None and du is not None else 0
+            tangent = self._ops.compute(lambda: tangents.gate(gate, up, dg, du), up.shape, besides)
+        return _dual(self._ops.gate(gate, up), tangent)
+
+    def multiply(self, x: Tensor, vector: Tensor) -> Tensor:
+        """Vector dx + x dvector."""
+        (x, dx), (vector, dv) = parts(x), parts(vector)
+        tangent: Tensor | None = None
+        if not (dx is None and dv is None):
+            tangent = self._ops.compute(lambda: tangents.multiply(x, vector, dx, dv), x.shape)
+        return _dual(self._ops.multiply(x, vector), tangent)
+
+    def rotate(self, x_BSE: Tensor, heads: int, theta: float) -> Tensor:
+        """Both alike."""
+        x, dx = parts(x_BSE)
+        tangent = None if dx is None else self._ops.rotate(dx, heads, theta)
+        return _dual(self._ops.rotate(x, heads, theta), tangent)
+
+    def hides(self, lengths_B: Tensor, tokens: int) -> Tensor:
+        """As it is."""
+        return self._ops.hides(lengths_B, tokens)
+
+    def pool(self, x_BSD: Tensor, kind: Pool, start: int, lengths_B: Tensor | None) -> Tensor:
+        """Both alike."""
+        x, dx = parts(x_BSD)
+        tangent = None if dx is None else self._ops.pool(dx, kind, start, lengths_B)
+        return _dual(self._ops.pool(x, kind, start, lengths_B), tangent)
 
     def attention(
         self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int, causal: bool = True, hides: Tensor | None = None
@@ -148,14 +243,15 @@ class Duals(Ops):
         if not (dq is None and dk is None and dv is None):
             batch, tokens, width = q.shape
             square, moved = tokens * tokens, dq is not None or dk is not None
+            mask = -(-square // 4) if causal else 0
             products = 1 + (dq is not None) + (dk is not None) + moved + (dv is not None)
             tangent = self._ops.compute(
-                lambda: _attention_tangent((q, k, v), (dq, dk, dv), heads),
+                lambda: tangents.attention((q, k, v), (dq, dk, dv), heads, causal, hides),
                 q.shape,
-                (1 + moved) * batch * square + batch * tokens * width // heads + -(-square // 4),
+                (1 + moved) * batch * square + batch * tokens * width // heads + mask,
                 products * 2 * batch * square * width,
             )
-        return _dual(self._ops.attention(q, k, v, heads), tangent)
+        return _dual(self._ops.attention(q, k, v, heads, causal, hides), tangent)
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
         """DX + scale * dy; where only y has a tangent, it is scaled in its own memory."""
@@ -181,7 +277,7 @@ class Duals(Ops):
         logits, dl = parts(logits_BSV)
         tangent: Tensor | None = None
         if dl is not None:
-            tangent = self._ops.compute(lambda: _cross_entropy_tangent(logits, dl, targets_BS), (1,), logits.numel())
+            tangent = self._ops.compute(lambda: tangents.cross_entropy(logits, dl, targets_BS), (1,), logits.numel())
         return _dual(self._ops.cross_entropy(logits, targets_BS), tangent)
 
     def head_loss(
@@ -194,12 +290,12 @@ class Duals(Ops):
         labels_V: Tensor | None,
         chunked: bool,
     ) -> Tensor:
-        """The kernel finds the gradients of its inputs in closed form; the tangent is their product with dx and dW."""
-        duals = [parts(each) for each in (*xs_BSD, *weights_VD)]
-        inputs = [p if dp is None else p.detach().requires_grad_() for p, dp in duals]
-        count = len(xs_BSD)
+        """The kernel finds the gradients of its inputs in closed form; the tangent is their product with dx, dW, db."""
+        duals = [maybe(each) for each in (*xs_BSD, *weights_VD, *biases_V)]
+        inputs: list[Any] = [p if p is None or dp is None else p.detach().requires_grad_() for p, dp in duals]
+        xs, weights, biases = (inputs[i * len(xs_BSD) : (i + 1) * len(xs_BSD)] for i in range(3))
         with torch.enable_grad():
-            loss = self._ops.head_loss(inputs[:count], inputs[count:], biases_V, targets_BS, mix, labels_V, chunked)
+            loss = self._ops.head_loss(xs, weights, biases, targets_BS, mix, labels_V, chunked)
         moving = [(p, dp) for p, (_, dp) in zip(inputs, duals, strict=True) if dp is not None]
         if not moving:
             return loss
@@ -225,97 +321,3 @@ class Duals(Ops):
     def tensor(self, array: np.ndarray) -> Tensor:
         """As it is."""
         return self._ops.tensor(array)
-
-
-def _norm_tangent(
-    x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, eps: float
-) -> Tensor:
-    """W J dx + n dw + db; J = (1 - 1 1^T / D - n n^T / D) / deviation is symmetric, so backward's kernel gives J dx."""
-    size = list(weight.shape)
-    n, mean, rstd = torch.native_layer_norm(x, size, None, None, eps)
-    if dx is None:
-        out = n.mul_(dw) if dw is not None else n.zero_()
-    else:
-        if dw is None:
-            del n
-        needed = [True, False, False]
-        out = torch.ops.aten.native_layer_norm_backward(dx, x, size, mean, rstd, None, None, needed)[0].mul_(weight)
-        if dw is not None:
-            out.addcmul_(n, dw)
-    return out if db is None else out.add_(db)
-
-
-def _sparse_tangent(
-    x: Tensor,
-    weight: Tensor | Packed,
-    values: Tensor,
-    indices: Tensor,
-    dx: Tensor | None,
-    ds: Tensor | None,
-    db: Tensor | None,
-) -> Tensor:
-    """One dense matrix at a time."""
-    rows, columns = weight.shape
-    out: Tensor | None = None
-    if ds is not None:
-        moved = torch.zeros(rows, columns, dtype=x.dtype)
-        moved.view(-1).index_add_(0, indices, ds)
-        out = F.linear(x, moved, db)
-        del moved
-    if dx is not None:
-        whole = plus_sparse(weight, values, indices)
-        if out is None:
-            return F.linear(dx, whole, db)
-        out.view(-1, rows).addmm_(dx.flatten(0, -2), whole.T)
-    assert out is not None
-    return out
-
-
-def _attention_tangent(
-    values: tuple[Tensor, Tensor, Tensor], tangents: tuple[Tensor | None, Tensor | None, Tensor | None], heads: int
-) -> Tensor:
-    """All heads; of one at a time there are matrices of tokens by tokens."""
-    out_BSE = torch.empty_like(values[0])
-    tokens, width = out_BSE.shape[1:]
-    future = torch.ones(tokens, tokens, dtype=torch.bool).triu_(1)
-    for head in range(heads):
-        part = slice(head * width // heads, (head + 1) * width // heads)
-        q, k, v = (each[..., part] for each in values)
-        dq, dk, dv = (None if each is None else each[..., part] for each in tangents)
-        out_BSE[..., part] = _head_tangent(q, k, v, dq, dk, dv, future)
-    return out_BSE
-
-
-def _head_tangent(
-    q_BSK: Tensor,
-    k_BSK: Tensor,
-    v_BSK: Tensor,
-    dq_BSK: Tensor | None,
-    dk_BSK: Tensor | None,
-    dv_BSK: Tensor | None,
-    future_SS: Tensor,
-) -> Tensor:
-    scale = q_BSK.shape[-1] ** -0.5
-    p_BSS = torch.bmm(q_BSK, k_BSK.mT).mul_(scale).masked_fill_(future_SS, -torch.inf)
-    p_BSS.sub_(p_BSS.amax(-1, keepdim=True)).exp_()
-    p_BSS.div_(p_BSS.sum(-1, keepdim=True))
-    dp_BSS: Tensor | None = None
-    for left, right in ((dq_BSK, k_BSK), (q_BSK, dk_BSK)):
-        if left is not None and right is not None:
-            dp_BSS = torch.bmm(left, right.mT) if dp_BSS is None else dp_BSS.baddbmm_(left, right.mT)
-    out_BSK: Tensor | None = None
-    if dp_BSS is not None:
-        dp_BSS.mul_(p_BSS).mul_(scale)
-        dp_BSS.addcmul_(p_BSS, dp_BSS.sum(-1, keepdim=True), value=-1)
-        out_BSK = torch.bmm(dp_BSS, v_BSK)
-    if dv_BSK is not None:
-        out_BSK = torch.bmm(p_BSS, dv_BSK) if out_BSK is None else out_BSK.baddbmm_(p_BSS, dv_BSK)
-    assert out_BSK is not None
-    return out_BSK
-
-
-def _cross_entropy_tangent(logits_BSV: Tensor, dl_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    p_BSV, count = torch.softmax(logits_BSV, -1), targets_BS.numel()
-    slope = torch.dot(p_BSV.view(-1), dl_BSV.reshape(-1))
-    del p_BSV
-    return (slope - dl_BSV.gather(-1, targets_BS[..., None]).sum()) / count

@@ -35,7 +35,7 @@ class Outlook:
     folder: Path
     steps: int
 
-    def fleet(self, experiment: Experiment) -> Fleet:
+    def fleet(self, experiment: Experiment, task: Task) -> Fleet:
         """What the method may know of the devices."""
 
         def fits(group: int, plan: Plan) -> bool:
@@ -43,7 +43,8 @@ class Outlook:
             work = (experiment.local, experiment.task.window, self.steps, experiment.levers, experiment.method)
             return not fit(self.chosen.spec, plan, limit, *work).exceeded
 
-        return Fleet(self.class_of, tuple(choice.plan for choice in self.chosen.choices), fits)
+        plans = tuple(choice.plan for choice in self.chosen.choices)
+        return Fleet(self.class_of, plans, fits, task.mix if task.labels else None)
 
     def network_json(self) -> dict[str, Any]:
         """The chosen network and the score table."""

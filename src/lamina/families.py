@@ -281,6 +281,15 @@ _DINO_MLP = {
     "h.{i}.ffn.down": "encoder.layer.{i}.mlp.fc2",
     "h.{i}.scale2": "encoder.layer.{i}.layer_scale2.lambda1",
 }
+_VIT_MODULES = {
+    "h.{i}.attn.q": "layers.{i}.attention.q_proj",
+    "h.{i}.attn.k": "layers.{i}.attention.k_proj",
+    "h.{i}.attn.v": "layers.{i}.attention.v_proj",
+    "h.{i}.attn.o": "layers.{i}.attention.o_proj",
+    "h.{i}.ffn.up": "layers.{i}.mlp.fc1",
+    "h.{i}.ffn.down": "layers.{i}.mlp.fc2",
+}
+_DINO_MODULES = {ours: theirs.replace("layers.", "encoder.layer.") for ours, theirs in _VIT_MODULES.items()}
 _FFN = Key("intermediate_size", "ffn")
 _RATIO = Key(  # `transformers` rounds down
     "mlp_ratio",
@@ -292,7 +301,7 @@ _RATIO = Key(  # `transformers` rounds down
 
 
 def _vit(
-    name: str, stem: str, ffn: Key, patch: int, eps: float, body: Mapping[str, str], *keys: Key, **fields: Any
+    name: str, stem: str, ffn: Key, patch: int, eps: float, body: dict[str, str], *keys: Key, **fields: Any
 ) -> Family:
     """ViT and its kin."""
     pool = "first_mean" if fields.get("layer_scale") else "first"
@@ -326,6 +335,7 @@ def _vit(
             f"embeddings.{each}"
             for each in ("cls_token", "distillation_token", "position_embeddings", "register_tokens")
         ),
+        modules=_DINO_MODULES if fields.get("layer_scale") else _VIT_MODULES,
     )
 
 

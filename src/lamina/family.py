@@ -12,13 +12,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from types import EllipsisType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lamina.errors import UserError
 from lamina.spec import LINEARS, Spec, as_matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Config = Mapping[str, Any]
 HEADLESS: dict[str, Any] = {"labels": 0, "pool": "", "pooler": "", "head_bias": False}
@@ -102,8 +102,8 @@ class Head:
         classifies: Whether there is one output per label.
     """
 
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     classifies: bool = False
 
 
@@ -139,17 +139,19 @@ class Family:
         only: Keys that must have one value: key -> (default, value).
         transposed: Whether matrices in blocks are stored [inputs, outputs].
         batched: Tensors of theirs with a first axis of 1.
+        modules: Our linears -> their modules in memory, where `transformers` calls them otherwise than on disk.
     """
 
     name: str
     prefix: str
     keys: tuple[Key, ...]
     fields: Mapping[str, Any]
-    body: Mapping[str, str]
-    heads: Mapping[str, Head]
-    only: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    body: dict[str, str]
+    heads: dict[str, Head]
+    only: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     transposed: bool = False
     batched: frozenset[str] = frozenset()
+    modules: dict[str, str] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -242,6 +244,17 @@ class Family:
         name = stem.replace("{i}", block[1] if block else "")
         return Place(name + suffix, in_base, int(part or 0), parts)
 
+    def module(self, block: int, short: str, architecture: str) -> tuple[str, Place]:
+        """The module in memory that a linear layer is in, and its place there."""
+        (place,) = self.places(f"h.{block}.{short}.weight", architecture)
+        known = self.modules.get(f"h.{{i}}.{short}")
+        renamed = replace(place, name=known.replace("{i}", str(block))) if known else place
+        return self.full(renamed, architecture).removesuffix(".weight"), place
+
+    def full(self, place: Place, architecture: str) -> str:
+        """The name of a tensor in a class."""
+        return (self.prefix if place.in_base and architecture != self.base else "") + place.name
+
     def canonical(self, name: str) -> str:
         """Their name of a tensor without prefix, and with today's end where it has one of old."""
         short = name.removeprefix(self.prefix)
@@ -252,26 +265,42 @@ class Family:
         stem, _, end = name.rpartition(".")
         if end == "bias":
             tensor = tensor.reshape(-1)
-        elif end == "weight" and (stem.startswith("head") or re.sub(r"^h\.\d+\.", "", stem) in LINEARS):
-            tensor = as_matrix(stem, tensor)
-            if self.transposed and name.startswith("h."):
-                tensor = tensor.T
+        elif _is_linear(name):
+            matrix: Tensor = as_matrix(stem, tensor)
+            tensor = matrix.T if self._turned(name) else matrix
         return tensor[None] if place.name in self.batched else tensor
 
-    def fused_dim(self, stored: Tensor) -> int:
+    def fused_dim(self, name: str) -> int:
         """The axis along which tensors are fused: that of the outputs."""
-        return stored.dim() - 1 if self.transposed else 0
+        return 1 if _is_linear(name) and self._turned(name) else 0
 
     def stored_shape(self, name: str, shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
         """Shape of their tensor that one of ours of a shape, or rows of it, is in."""
-        stored = self.to_stored(name, torch.empty(shape, device="meta"), place)
-        dim = self.fused_dim(stored)
-        return tuple(size * place.parts if i == dim else size for i, size in enumerate(stored.shape))
+        stem, _, end = name.rpartition(".")
+        if end == "bias":
+            shape = (math.prod(shape),)
+        elif _is_linear(name):
+            inputs = shape[-1] if stem.endswith((".q", ".k", ".v")) else math.prod(shape[1:])
+            shape = (math.prod(shape) // inputs, inputs)
+            shape = shape[::-1] if self._turned(name) else shape
+        dim = self.fused_dim(name)
+        fused = tuple(size * place.parts if i == dim else size for i, size in enumerate(shape))
+        return (1, *fused) if place.name in self.batched else fused
+
+    def _turned(self, name: str) -> bool:
+        """Whether they store a matrix as [inputs, outputs]."""
+        return self.transposed and name.startswith("h.")
 
     def from_stored(self, name: str, stored: Tensor, place: Place) -> Tensor:
         """The other way round: numbers in the order of our tensor, or of its rows."""
-        part = stored.chunk(place.parts, self.fused_dim(stored))[place.part] if place.parts > 1 else stored
-        return part.T if self.transposed and name.startswith("h.") and part.dim() == 2 else part
+        part = stored.chunk(place.parts, self.fused_dim(name))[place.part] if place.parts > 1 else stored
+        return part.T if _is_linear(name) and self._turned(name) else part
+
+
+def _is_linear(name: str) -> bool:
+    """Whether one of our tensors is the matrix of a linear layer."""
+    stem, _, end = name.rpartition(".")
+    return end == "weight" and (stem.startswith("head") or re.sub(r"^h\.\d+\.", "", stem) in LINEARS)
 
 
 def shown(spec: Spec) -> str:

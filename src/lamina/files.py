@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,39 @@ def write(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by indented JSON; NaN and infinity are refused, as JSON has neither."""
     write(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path, replaces: str | None = None) -> Iterator[Path]:
+    """A folder to fill, which then appears as `path`, whole or not at all.
+
+    Args:
+        path: Where it goes.
+        replaces: A folder there is replaced if it has a file of this name; None: there must be nothing.
+
+    Raises:
+        UserError: There is something that is not to be replaced.
+    """
+    if path.exists() or path.is_symlink():
+        if replaces is None:
+            raise UserError(f"{path} exists already; take another name, or --force to replace it")
+        if not (path / replaces).is_file() or path.is_symlink():
+            raise UserError(f"{path} is not replaced: it is no folder with a {replaces}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield made
+        made.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            os.replace(path, old)
+            os.replace(made, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(made, path)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def digest(content: bytes | memoryview) -> str:

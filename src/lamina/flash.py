@@ -92,9 +92,10 @@ class Pages:
         self._file.seek(first * self._row_bytes)
         self._file.write(x.to(self._dtype).contiguous().numpy().data)
 
-    def read(self, rows: np.ndarray) -> Tensor:
-        """The given rows in fp32, in memory of their own."""
-        out = torch.empty((len(rows), *self._shape), dtype=self._dtype)
+    def read(self, rows: np.ndarray, count: int | None = None) -> Tensor:
+        """The given rows, or what they begin with, `count` long, in fp32, in memory of their own."""
+        size = self._shape if count is None else (count, *self._shape[1:])
+        out = torch.empty((len(rows), *size), dtype=self._dtype)
         for i, row in enumerate(rows):
             _read(self._file, int(row) * self._row_bytes, out[i])
         return out.float()
@@ -111,9 +112,9 @@ class Kept:
         """Rows from `first` on."""
         self._rows[first : first + len(x)] = x
 
-    def read(self, rows: np.ndarray) -> Tensor:
-        """The given rows in fp32, in memory of their own."""
-        return self._rows[torch.from_numpy(rows)].float()
+    def read(self, rows: np.ndarray, count: int | None = None) -> Tensor:
+        """The given rows, or what they begin with, `count` long, in fp32, in memory of their own."""
+        return self._rows[:, :count].index_select(0, torch.from_numpy(rows)).float()
 
 
 def _read(file: BinaryIO, at: int, out: Tensor) -> None:

@@ -6,8 +6,9 @@ Shape legend: as in `lamina.model`, and N tokens, k rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -160,6 +161,79 @@ def plus_sparse(weight: Tensor | Packed, values: Tensor, indices: Tensor) -> Ten
     return whole
 
 
+class GroupLinear(torch.autograd.Function):
+    """`Ops.group_linear`: y_g = x_g W_g^T + b_g for each stream g.
+
+    By rows, W [sum of units, D] is cut along its outputs: x_g has D numbers, y_g as many as there are units of g. By
+    columns, W [D, sum of units] is cut along its inputs, and all streams get the whole bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, units: tuple[int, ...], by_rows: bool
+    ) -> Tensor:
+        """Keeps the weight, and x where the weight trains."""
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.units, ctx.by_rows = units, by_rows
+        width = sum(units) if by_rows else len(units) * weight.shape[0]
+        out = x.new_empty(*x.shape[:-1], width)
+        rows, flat = out.view(-1, width), x.reshape(-1, x.shape[-1])
+        for into, of, part in _streams(weight, units, by_rows):
+            torch.mm(flat[:, into], part.T, out=rows[:, of])
+        if bias is not None:
+            rows.view(len(rows), -1, len(bias)).add_(bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        """Gradients of x, W and b, where each stream has its part of the first two."""
+        x, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            width = len(ctx.units) * weight.shape[1] if ctx.by_rows else weight.shape[1]
+            of_x = gradient.new_empty(*gradient.shape[:-1], width)
+            for into, of, part in _streams(weight, ctx.units, ctx.by_rows):
+                torch.mm(rows[:, of], part, out=of_x.view(-1, width)[:, into])
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.empty_like(weight)
+            flat = x.reshape(-1, x.shape[-1])
+            for into, of, part in _streams(of_weight, ctx.units, ctx.by_rows):
+                torch.mm(rows[:, of].T, flat[:, into], out=part)
+        if ctx.needs_input_grad[2]:
+            size = rows.shape[1] if ctx.by_rows else weight.shape[0]
+            of_bias = rows.view(len(rows), -1, size).sum((0, 1))
+        return of_x, of_weight, of_bias, None, None
+
+
+def _streams(weight: Tensor, units: Sequence[int], by_rows: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Of each stream, the columns of its inputs and of its outputs, and its part of the weight."""
+    width = weight.shape[1] if by_rows else weight.shape[0]
+    starts = accumulate(units, initial=0)
+    for place, (start, count) in enumerate(zip(starts, units, strict=False)):
+        own, whole = slice(start, start + count), slice(place * width, (place + 1) * width)
+        yield (whole, own, weight[own]) if by_rows else (own, whole, weight[:, own])
+
+
+class Spread(torch.autograd.Function):
+    """`Ops.spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, p_RkD: Tensor, places: tuple[tuple[int, int], ...], rows: int, streams: int) -> Tensor:
+        """Keeps nothing."""
+        ctx.places, ctx.shape = places, (rows, p_RkD.shape[1], streams, p_RkD.shape[2])
+        out = p_RkD.new_zeros(ctx.shape)
+        at, of = map(list, zip(*places, strict=True))
+        out[at, :, of] = p_RkD
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Of the rows of p alone."""
+        at, of = map(list, zip(*ctx.places, strict=True))
+        return gradient.reshape(ctx.shape)[at, :, of], None, None, None
+
+
 class Leading(torch.autograd.Function):
     """`Ops.leading`; the gradient is zero elsewhere."""
 
@@ -189,21 +263,20 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """With n = x r: of x, r (g w - n mean(g w n)); of w, the sum of g n."""
+        """With r the inverse root: of x, r (g w - x r^2 mean(g w x)); of w, the sum of g x r."""
         x, weight, rstd = ctx.saved_tensors
-        n = x * rstd
-        of_weight = (gradient * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = gradient * weight
-            inner = torch.linalg.vecdot(of_x, n)[..., None].div_(x.shape[-1])
-            of_x.sub_(n.mul_(inner)).mul_(rstd)
+        product = gradient * x
+        of_weight = product.flatten(0, -2).T @ rstd.flatten() if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight, None
+        inner = (product @ weight)[..., None].mul_(rstd).mul_(rstd).div_(x.shape[-1])
+        of_x = torch.mul(gradient, weight, out=product).addcmul_(x, inner, value=-1).mul_(rstd)
         return of_x, of_weight, None
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
-    squares: Tensor = torch.linalg.vecdot(x, x)[..., None]
-    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class Gate(torch.autograd.Function):
@@ -222,9 +295,8 @@ class Gate(torch.autograd.Function):
         of_up = F.silu(gate).mul_(gradient) if ctx.needs_input_grad[1] else None
         of_gate = None
         if ctx.needs_input_grad[0]:
-            through = gradient * up
-            of_gate = torch.ops.aten.silu_backward(through, gate)
-            del through
+            of_gate = gradient * up
+            torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
         return of_gate, of_up
 
 
@@ -249,7 +321,7 @@ def turned(x_BSE: Tensor, heads: int, theta: float, sign: float) -> Tensor:
     rates = 1.0 / theta ** (torch.arange(0, dim, 2, device=x_BSE.device).float() / dim)
     angles = torch.outer(torch.arange(tokens, device=x_BSE.device).float(), rates)
     cos, sin = angles.cos()[:, None], angles.sin_()[:, None].mul_(sign)
-    del angles
+    del angles, rates
     out_BSE = torch.empty_like(x_BSE)
     halves = (each.view(*x_BSE.shape[:2], heads, 2, -1) for each in (x_BSE, out_BSE))
     (a, b), (left, right) = (each.unbind(3) for each in halves)
@@ -271,22 +343,19 @@ class Patches(torch.autograd.Function):
         leads: Tensor | None,
         registers: Tensor | None,
     ) -> Tensor:
-        """Keeps the images."""
+        """Keeps the images, which are cut into patches one after another."""
         ctx.save_for_backward(pixels_BCYX)
         ctx.weight_shape = weight.shape
-        counts = [0 if each is None else len(each) for each in (leads, registers)]
-        ctx.counts = counts
-        with torch.autocast(
-            pixels_BCYX.device.type, enabled=False
-        ):  # the residual stream begins in the weights' precision
-            patches_BND = F.linear(unfolded(pixels_BCYX, weight.shape[-1]), weight.flatten(1), bias)
-        batch, number, width = patches_BND.shape
-        out_BSD = patches_BND.new_empty(batch, number + sum(counts), width)
+        ctx.counts = counts = [0 if each is None else len(each) for each in (leads, registers)]
+        places = len(positions) + counts[1]
+        out_BSD = weight.new_empty(len(pixels_BCYX), places, len(weight))
         if leads is not None:
             out_BSD[:, : counts[0]] = leads + positions[: counts[0]]
         if registers is not None:
             out_BSD[:, counts[0] : sum(counts)] = registers
-        torch.add(patches_BND, positions[counts[0] :], out=out_BSD[:, sum(counts) :])
+        matrix, placed = weight.flatten(1).T, positions[counts[0] :] + bias
+        for pixels_CYX, out_SD in zip(pixels_BCYX, out_BSD, strict=True):
+            torch.addmm(placed, unfolded(pixels_CYX, weight.shape[-1]), matrix, out=out_SD[sum(counts) :])
         return out_BSD
 
     @staticmethod
@@ -294,20 +363,26 @@ class Patches(torch.autograd.Function):
         """Images get none; patches are cut out again."""
         (pixels_BCYX,) = ctx.saved_tensors
         leads, registers = ctx.counts
-        per_place = gradient_BSD.sum(0)
-        of_patches = gradient_BSD[:, leads + registers :].flatten(0, 1)
+        _, weight, bias, positions, *vectors = ctx.needs_input_grad
         of_weight = None
-        if ctx.needs_input_grad[1]:
-            patches = unfolded(pixels_BCYX, ctx.weight_shape[-1]).flatten(0, 1)
-            of_weight = (of_patches.T @ patches).view(ctx.weight_shape)
-        of_leads, of_registers, rest = per_place.tensor_split([leads, leads + registers])
-        found = (of_weight, rest.sum(0), torch.cat([of_leads, rest]), of_leads.clone(), of_registers.clone())
-        return None, *(each if need else None for each, need in zip(found, ctx.needs_input_grad[1:], strict=True))
+        if weight:
+            of_weight = gradient_BSD.new_zeros(ctx.weight_shape)
+            matrix = of_weight.flatten(1)
+            for pixels_CYX, gradient_SD in zip(pixels_BCYX, gradient_BSD[:, leads + registers :], strict=True):
+                torch.addmm(matrix, gradient_SD.T, unfolded(pixels_CYX, ctx.weight_shape[-1]), out=matrix)
+        of_leads, of_registers, rest = gradient_BSD.sum(0).tensor_split([leads, leads + registers])
+        return (
+            None,
+            of_weight,
+            rest.sum(0) if bias else None,
+            torch.cat([of_leads, rest]) if positions else None,
+            *(each.clone() if need else None for each, need in zip((of_leads, of_registers), vectors, strict=True)),
+        )
 
 
-def unfolded(pixels_BCYX: Tensor, side: int) -> Tensor:
-    """Images -> patches, row by row, [B, patches, C side side]."""
-    batch, channels, height, width = pixels_BCYX.shape
+def unfolded(pixels_CYX: Tensor, side: int) -> Tensor:
+    """An image -> its patches, row by row, [patches, C side side]."""
+    channels, height, width = pixels_CYX.shape
     rows, columns = height // side, width // side
-    cut = pixels_BCYX.view(batch, channels, rows, side, columns, side)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+    cut = pixels_CYX.view(channels, rows, side, columns, side)
+    return cut.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NewType
+from typing import TYPE_CHECKING, Literal, NewType
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Axis = NewType("Axis", str)
 Part = Literal["embed", "attn", "ffn", "norm", "head", "lora", "sparse", "adapter", "exit"]
-Params = dict[str, Tensor]
+Params = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)

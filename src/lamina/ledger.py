@@ -72,7 +72,8 @@ class Ledger(Ops):
         for table, rows in ((positions, ids.shape[1]), (types, 1)):
             if table is not None:
                 unpacked = self._unpacked(table)
-                out = self._out(out.shape, [out, table], [], scratch=FLOAT_BYTES * table.shape[1] * rows, aliases=1)
+                scratch = FLOAT_BYTES * table.shape[1] * rows * (_shape(table).node is not None)
+                out = self._out(out.shape, [out, table], [], scratch, aliases=1)
                 del unpacked
         return out
 
@@ -85,19 +86,23 @@ class Ledger(Ops):
         leads: Tensor | None,
         registers: Tensor | None,
     ) -> Tensor:
-        """Keeps the images; the patches of a batch are cut out once more for the gradient of the weight."""
-        batch, width = pixels_BCYX.shape[0], weight.shape[0]
+        """Keeps the images; one of them is in patches at a time, and positions with the bias beside.
+
+        Backward sums gradients over images, and cuts patches once more where the weight trains.
+        """
         tables = [each for each in (weight, bias, positions, leads, registers) if each is not None]
         unpacked = [self._unpacked(each) for each in tables]
-        before = sum(0 if each is None else each.shape[0] for each in (leads, registers))
+        (batch, *pixels), width = pixels_BCYX.shape, weight.shape[0]
         number = positions.shape[0] - (0 if leads is None else leads.shape[0])
-        patches = self.blank((batch, number, weight.numel() // width))
-        self._products(patches, weight)
-        mapped = self.blank((batch, number, width))
-        del patches
-        copies = FLOAT_BYTES * batch * number * (width * (before > 0) + weight.numel() // width)
-        out = self._out((batch, number + before, width), tables, [pixels_BCYX], scratch=copies)
-        del mapped, unpacked
+        places = positions.shape[0] + (0 if registers is None else registers.shape[0])
+        patches_bytes = FLOAT_BYTES * math.prod(pixels)
+        others = FLOAT_BYTES * sum(each.numel() for each in tables[1:] if _shape(each).node)
+        cut_bytes = patches_bytes - others if _shape(weight).node else 0
+        scratch = max(FLOAT_BYTES * places * width, cut_bytes)
+        out = self._out((batch, places, width), tables, [pixels_BCYX], scratch)
+        besides = self.blank((number, width)), self.new(patches_bytes)
+        self._products(self.blank((batch, number, weight.numel() // width), 0), weight)
+        del besides, unpacked
         return out
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -106,20 +111,40 @@ class Ledger(Ops):
         return self._out(x.shape, [x, weight, bias], [x, statistics])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Keeps its input when the weight trains; one product forward, one more per gradient."""
+        """Keeps each of input and weight where the other has a gradient; one product forward, one more per gradient."""
         self._products(x, weight)
         sources = [x, weight] if bias is None else [x, weight, bias]
         scratch = FLOAT_BYTES * weight.numel() if _shape(weight).packed else 0
         unpacked = self._unpacked(weight)
         shape = (*x.shape[:-1], weight.shape[0])
-        out = self._out(shape, sources, [x] if _shape(weight).node else [], scratch)
+        out = self._out(shape, sources, _factors(x, weight), scratch)
         del unpacked
         return out
 
+    def group_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
+    ) -> Tensor:
+        """As `linear`."""
+        self._products(x, weight)
+        sources = [x, weight] if bias is None else [x, weight, bias]
+        width = sum(units) if by_rows else len(units) * weight.shape[0]
+        return self._out((*x.shape[:-1], width), sources, _factors(x, weight))
+
+    def fork(self, x: Tensor, streams: int) -> Tensor:
+        """Keeps nothing."""
+        return self._out((*x.shape[:-1], streams * x.shape[-1]), [x], [])
+
+    def spread(self, p_RkD: Tensor, places: Sequence[tuple[int, int]], rows: int, streams: int) -> Tensor:
+        """Keeps nothing; places are made again."""
+        count = p_RkD.shape[0]
+        out = self._out((rows, streams * (p_RkD.numel() // count)), [p_RkD], [], scratch=2 * INDEX_BYTES * count)
+        self.blank((2, count), INDEX_BYTES)
+        return out
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Keeps its input and the inverse root per row; backward makes the normalised input again."""
+        """Keeps its input and the inverse root per row; the weight's gradient alone takes as much as x besides."""
         rows = self.blank((*x.shape[:-1], 1))
-        scratch = FLOAT_BYTES * x.numel() * (1 + (_shape(weight).node is not None and _shape(x).node is None))
+        scratch = FLOAT_BYTES * (rows.numel() if _shape(x).node else x.numel())
         return self._out(x.shape, [x, weight], [x, rows], scratch)
 
     def act(self, x: Tensor, kind: Act) -> Tensor:
@@ -131,7 +156,7 @@ class Ledger(Ops):
 
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Keeps both."""
-        return self._out(up.shape, [gate, up], [gate, up], FLOAT_BYTES * up.numel() * (_shape(gate).node is not None))
+        return self._out(up.shape, [gate, up], [gate, up])
 
     def multiply(self, x: Tensor, vector: Tensor) -> Tensor:
         """Keeps its input where the vector trains, whose gradient is a sum over rows."""
@@ -148,10 +173,14 @@ class Ledger(Ops):
     def attention(
         self, q_BSE: Tensor, k_BSE: Tensor, v_BSE: Tensor, heads: int, causal: bool = True, hides: Tensor | None = None
     ) -> Tensor:
-        """Keeps query, key, value, output, what hides, and the log of the normaliser per head and token."""
+        """Keeps query, key, value, output, what hides, and the log of the normaliser per head and token.
+
+        Backward makes the gradients of query, key and value, whoever needs one.
+        """
         batch, tokens, width = q_BSE.shape
         kept = [q_BSE, k_BSE, v_BSE, self.blank((batch, heads, tokens)), *([] if hides is None else [hides])]
-        out = self._out(q_BSE.shape, [q_BSE, k_BSE, v_BSE], kept)
+        needless = sum(each.numel() for each in kept[:3] if not _shape(each).node)
+        out = self._out(q_BSE.shape, kept[:3], kept, FLOAT_BYTES * needless)
         if node := _shape(out).node:
             self._keep(node, [out])
         self._count((6 if _shape(out).node else 2) * 2 * batch * tokens * tokens * width)
@@ -363,8 +392,8 @@ class Ledger(Ops):
         scales = math.prod(shape[:-1]) * FLOAT_BYTES if bits == 8 else 0
         memory = self.new(math.prod(shape) * bits // 8 + scales, "weights")
         slab = (min(SLAB_ROWS, shape[0]), *shape[1:])
-        read, scaled = self.blank(slab), self.blank(slab, FLOAT_BYTES + 1) if bits == 8 else self.blank(slab, 2)
-        del read, scaled
+        work = [self.blank(slab) for _ in range(1 + (bits == 8))]
+        del work
         return cast(Tensor, Shape(shape, memory, None, packed=True))
 
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:
@@ -427,3 +456,8 @@ class Ledger(Ops):
 
 def _shape(tensor: Tensor) -> Shape:
     return cast(Shape, tensor)
+
+
+def _factors(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """What a product keeps: each factor where the other has a gradient."""
+    return [each for each, other in ((x, weight), (weight, x)) if _shape(other).node]

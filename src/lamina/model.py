@@ -13,7 +13,7 @@ Shape legend:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,8 @@ from lamina.turn import generator
 
 ADAPTER_STD = 1e-3
 """Of fresh adapters."""
+ENDS = ("attn.o", "ffn.down")
+"""Linear layers that end a branch: what they give is added to the residual stream."""
 
 
 def init(spec: Spec, generator: torch.Generator) -> Params:
@@ -97,7 +99,8 @@ def batch(spec: Spec, inputs: np.ndarray, ops: Ops = TORCH) -> Batch:
     """What goes into the network, from what a shard gives: ids, with -1 beyond the end of a text, or images."""
     if not spec.ragged:
         return Batch(ops.tensor(inputs))
-    return Batch(ops.tensor(np.maximum(inputs, 0)), ops.tensor((inputs >= 0).sum(1)))
+    lengths = (inputs >= 0).sum(1)
+    return Batch(ops.tensor(np.maximum(inputs[:, : lengths.max()], 0)), ops.tensor(lengths))
 
 
 def embed(spec: Spec, params: Mapping[str, Tensor], x: Tensor, ops: Ops = TORCH) -> Tensor:
@@ -112,6 +115,12 @@ def embed(spec: Spec, params: Mapping[str, Tensor], x: Tensor, ops: Ops = TORCH)
     if spec.embed_norm:
         x_BSD = _norm(spec, params, x_BSD, "embed.norm", ops)
     return x_BSD if spec.scale == 1 else ops.scale(x_BSD, 1 / spec.scale)
+
+
+def forked(spec: Spec, x_BSD: Tensor, block: int, ops: Ops = TORCH) -> Tensor:
+    """What a block sees of the residual stream that it is given: copies side by side where groups begin."""
+    streams = spec.streams(block)
+    return x_BSD if streams == spec.streams(block - 1) else ops.fork(x_BSD, streams)
 
 
 def run_blocks(
@@ -155,8 +164,10 @@ class Output:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.fixed):
             seen = self._seen(spec, ops)
             name = f"{_exit(spec, self.at)}head"
-            weight = as_matrix(name, self.params[f"{name}.weight"])
-            bias = self.params[f"{name}.bias"] if spec.head_bias else None
+            weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"] if spec.head_bias else None
+            if spec.groups:
+                weight, bias = _of_streams(spec, weight, ops), None if bias is None else _of_groups(spec, bias, ops)
+            weight = as_matrix(name, weight)
             if self.fixed:
                 weight, bias = weight.detach(), None if bias is None else bias.detach()
             return seen, weight, bias
@@ -175,13 +186,13 @@ class Output:
 
         if single:
             x_BSD = pool(x_BSD)
-        if prefix or spec.final_norm:
+        if spec.final_norm:
             x_BSD = _norm(spec, params, x_BSD, f"{prefix}norm", ops)
         if spec.pool and not single:
             x_BSD = pool(x_BSD)
-        if spec.pooler and not prefix:
-            dense = ops.linear(x_BSD, params["head.pool.weight"], params["head.pool.bias"])
-            x_BSD = ops.act(dense, spec.pooler)
+        if spec.pooler:
+            weight, bias = params[f"{prefix}head.pool.weight"], params[f"{prefix}head.pool.bias"]
+            x_BSD = ops.act(_apart(x_BSD, weight.shape[1], lambda x: ops.linear(x, weight, bias)), spec.pooler)
         return x_BSD
 
 
@@ -225,7 +236,7 @@ def forward(
     seen = []
     for i in [*found_blocks(spec, params), spec.blocks]:
         if i < spec.blocks:
-            x_BSD = _block(spec, params, x_BSD, i, ops, hides)
+            x_BSD = _block(spec, params, forked(spec, x_BSD, i, ops), i, ops, hides)
         if i in exits:
             seen.append(Output(x_BSD[:, rows], i, params, lengths_B=given.lengths_B).logits(spec, ops))
     return seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
@@ -234,8 +245,30 @@ def forward(
 def _norm(spec: Spec, params: Mapping[str, Tensor], x: Tensor, name: str, ops: Ops) -> Tensor:
     weight = params[f"{name}.weight"]
     if spec.norm == "rms":
-        return ops.rms_norm(x, weight, spec.norm_eps)
-    return ops.norm(x, weight, params[f"{name}.bias"], spec.norm_eps)
+        return _apart(x, weight.shape[0], lambda x: ops.rms_norm(x, weight, spec.norm_eps))
+    return _apart(x, weight.shape[0], lambda x: ops.norm(x, weight, params[f"{name}.bias"], spec.norm_eps))
+
+
+def _apart(x: Tensor, width: int, kernel: Callable[[Tensor], Tensor]) -> Tensor:
+    """A kernel on each of the vectors of this width that stand side by side in the last dimension."""
+    if x.shape[-1] == width:
+        return kernel(x)
+    return kernel(x.reshape(*x.shape[:-1], -1, width)).reshape(*x.shape[:-1], -1)
+
+
+def _of_streams(spec: Spec, weight: Tensor, ops: Ops) -> Tensor:
+    """The weight of a head of groups as one of all classes, each of which sees its own stream: zero elsewhere."""
+    assert spec.groups
+    parts = spec.groups.parts(spec.labels)
+    places = [(row, stream) for stream, part in enumerate(parts) for row in part]
+    return ops.spread(weight.reshape(len(places), -1, weight.shape[-1]), places, spec.labels, len(parts))
+
+
+def _of_groups(spec: Spec, bias: Tensor, ops: Ops) -> Tensor:
+    """The bias of a head of groups as one of all classes."""
+    assert spec.groups
+    places = [(row, 0) for part in spec.groups.parts(spec.labels) for row in part]
+    return ops.spread(bias.reshape(-1, 1, 1), places, spec.labels, 1).reshape(-1)
 
 
 def _block(
@@ -249,7 +282,8 @@ def _block(
     def joined(x_BSD: Tensor, y_BSD: Tensor, place: int) -> Tensor:
         y_BSD = _adapted(spec, params, y_BSD, f"h.{i}.adapter{place}", ops)
         if spec.layer_scale:
-            y_BSD = ops.multiply(y_BSD, params[f"h.{i}.scale{place}"])
+            scale = params[f"h.{i}.scale{place}"]
+            y_BSD = _apart(y_BSD, spec.embed, lambda y: ops.multiply(y, scale))
         x_BSD = ops.add(x_BSD, y_BSD)
         return norm(x_BSD, place) if spec.post_norm else x_BSD
 
@@ -310,12 +344,23 @@ def _linear(spec: Spec, params: Mapping[str, Tensor], x: Tensor, name: str, ops:
             values = params[f"{name}.sparse"]
             indices = ops.tensor(sparse_indices(spec.sparse, name, weight.numel(), values.numel()))
             y = ops.sparse_linear(x, weight, values, indices, bias)
+        elif units := _stream_units(spec, name, weight):
+            y = ops.group_linear(x, weight, bias, units, not name.endswith(ENDS))
         else:
             y = ops.linear(x, weight, bias)
     if spec.lora and f"{name}.lora_a" in params:
         a, b = params[f"{name}.lora_a"].flatten(1), params[f"{name}.lora_b"]
         y = ops.add(y, ops.linear(ops.linear(x, a), b.reshape(-1, b.shape[-1])), spec.lora.alpha / spec.lora.rank)
     return y if spec.scale == 1 else ops.scale(y, 1 / spec.scale)
+
+
+def _stream_units(spec: Spec, name: str, weight: Tensor) -> tuple[int, ...]:
+    """Rows of the weight of a linear layer, or columns where it ends a branch, of each stream; none if there is one."""
+    if not spec.groups or spec.streams(int(name.split(".")[1])) == 1:
+        return ()
+    parts = spec.groups.parts(spec.ffn if ".ffn." in name else spec.kv_heads or spec.heads)
+    each = weight.shape[name.endswith(ENDS)] // sum(map(len, parts))
+    return tuple(len(part) * each for part in parts)
 
 
 def _adapted(spec: Spec, params: Mapping[str, Tensor], x_BSD: Tensor, name: str, ops: Ops) -> Tensor:

@@ -20,7 +20,18 @@ from torch import Tensor
 
 from lamina import optim
 from lamina.flash import Flash, Kept, Pages
-from lamina.kernels import Gate, HeadLoss, Leading, Mix, Patches, RmsNorm, Rotate, SparseLinear
+from lamina.kernels import (
+    Gate,
+    GroupLinear,
+    HeadLoss,
+    Leading,
+    Mix,
+    Patches,
+    RmsNorm,
+    Rotate,
+    SparseLinear,
+    Spread,
+)
 from lamina.packed import Packed, PackedLinear, pack, packable
 
 if TYPE_CHECKING:
@@ -75,6 +86,20 @@ class Ops:
         if isinstance(weight, Packed):
             return cast(Tensor, PackedLinear.apply(x, weight, bias))
         return F.linear(x, weight, bias)
+
+    def group_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
+    ) -> Tensor:
+        """A linear layer on streams side by side, each with its part of the weight; see `kernels.GroupLinear`."""
+        return cast(Tensor, GroupLinear.apply(x, weight, bias, tuple(units), by_rows))  # type: ignore[no-untyped-call]
+
+    def fork(self, x: Tensor, streams: int) -> Tensor:
+        """So many copies of each vector side by side."""
+        return x.unsqueeze(-2).expand(*x.shape[:-1], streams, -1).flatten(-2)
+
+    def spread(self, p_RkD: Tensor, places: Sequence[tuple[int, int]], rows: int, streams: int) -> Tensor:
+        """A matrix [rows, k streams D] that is zero but for the rows of p: (row, stream) of each is in `places`."""
+        return cast(Tensor, Spread.apply(p_RkD, tuple(places), rows, streams))  # type: ignore[no-untyped-call]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMS norm over the last dimension."""
@@ -133,7 +158,7 @@ class Ops:
         The "mean" is over what is from `start` on and before the end.
         """
         batch, tokens = x_BSD.shape[:2]
-        weights_BkS = pool_weights(kind, start, lengths_B, batch, tokens).to(x_BSD.device)
+        weights_BkS = pool_weights(kind, start, lengths_B, batch, tokens).to(x_BSD)
         return torch.bmm(weights_BkS, x_BSD).reshape(batch, 1, -1)
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:

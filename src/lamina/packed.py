@@ -94,7 +94,9 @@ def slabs(weight: Tensor | Packed) -> Iterator[tuple[slice, Tensor]]:
         return
     for start in range(0, weight.shape[0], SLAB_ROWS):
         rows = slice(start, min(start + SLAB_ROWS, weight.shape[0]))
-        yield rows, _unpack(weight.data[rows], None if weight.scale is None else weight.scale[rows])
+        part = _unpack(weight.data[rows], None if weight.scale is None else weight.scale[rows])
+        yield rows, part.flatten(1)
+        del part
 
 
 class PackedLinear(torch.autograd.Function):

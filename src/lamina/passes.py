@@ -19,8 +19,8 @@ from lamina.model import Batch, Output
 from lamina.ops import Ops
 from lamina.spec import Spec
 
-_INPUT, _TOP = -1, -2
-"""Stages of a step besides the blocks: the embedding, and the final norm with the head."""
+_INPUT, _TOP, _FORK = -1, -2, -3
+"""Stages of a step besides the blocks: the embedding, the final norm with the head, and where groups begin."""
 
 
 class Group:
@@ -199,6 +199,10 @@ class Passes:
         if self._first - 1 in self._exits:
             outputs.append(Output(x_BSD, self._first - 1, params, False, lengths_B))
         for block in self._upper:
+            leaf, x_BSD = x_BSD, model.forked(self._spec, x_BSD, block, self._ops)
+            if staged and x_BSD is not leaf:
+                stages += [_Stage(_FORK, leaf, x_BSD)] * bool(stages)
+                x_BSD = cut()
             leaf = x_BSD
             run = self._run_slices if levers.recompute else self._run
             x_BSD = run(params, leaf, block, hides)
@@ -233,6 +237,7 @@ class Passes:
         x_BSD = model.embed(self._spec, params, x, self._ops)
         with torch.no_grad():
             for block in self._frozen:
+                x_BSD = model.forked(self._spec, x_BSD, block, self._ops)
                 run = self._run_slices if self._levers.recompute else self._run
                 x_BSD = run(params, x_BSD, block, hides)
         return x_BSD

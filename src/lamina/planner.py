@@ -10,14 +10,16 @@ from functools import lru_cache, reduce
 from itertools import chain, combinations, takewhile
 from typing import Any
 
+import numpy as np
+
 from lamina import model
 from lamina.cost import Cost, cost
-from lamina.errors import DoesNotFitError
+from lamina.errors import DoesNotFitError, UserError
 from lamina.fleet import RESOURCES, Budget
 from lamina.job import Local, Turn
 from lamina.layout import Params
 from lamina.levers import Allowed, Levers, Rung, rungs
-from lamina.methods import Method
+from lamina.methods import Method, to_table
 from lamina.plan import Plan
 from lamina.spec import Spec
 from lamina.units import human
@@ -113,11 +115,13 @@ class Fleet:
         class_of: Class index of every device.
         plans: Of every class, None where it sits out; see `Method.peak_rounds`.
         fits: Whether a plan fits the budget of a class.
+        mix: Training examples of each class that each device has, int64 [devices, classes]; None where they have none.
     """
 
     class_of: Sequence[int]
     plans: tuple[Plan | None, ...]
     fits: Callable[[int, Plan], bool]
+    mix: np.ndarray | None = None
 
 
 def choose_plan(
@@ -293,7 +297,15 @@ def assess(
     levers: Allowed = "none",
     rounds: int = 1,
 ) -> Candidate:
-    """What every group would do on one network, in the round in which it needs most."""
+    """What every group would do on one network, in the round in which it needs most.
+
+    Raises:
+        UserError: The method is not for this kind of task.
+    """
+    kind = "classification" if spec.labels else "language"
+    if kind not in method.tasks:
+        accepted = " and ".join(method.tasks)
+        raise UserError(f"method {to_table(method)['name']!r} is for {accepted} only; the task is {kind}")
     adapted = method.adapt(spec)
     work = (local, tokens, steps, levers, rounds)
     choices = tuple(choose_peak(method, adapted, group.budget, *work) for group in groups)

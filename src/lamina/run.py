@@ -363,7 +363,7 @@ def first_state(experiment: Experiment, outlook: Outlook, task: Task) -> State:
     memory = {
         name: p.clone()
         for name, p in method.prepare(
-            spec, params, outlook.fleet(experiment), Turn(experiment.seed, 0, experiment.rounds)
+            spec, params, outlook.fleet(experiment, task), Turn(experiment.seed, 0, experiment.rounds)
         ).items()
     }
     changed = dict.fromkeys([*params, *(f"memory:{name}" for name in memory)], 0)

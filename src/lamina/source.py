@@ -55,12 +55,10 @@ class Cached:
         """Outputs of the prefix, BSD, up to the end of the longest text, and targets BS."""
         targets = self.ops.tensor(self.shard.batch(rows)[1])
         places = np.array([self.place_of[row] for row in rows.tolist()])
-        x_BSD = self.cache.read(places)
         if self.lengths is None:
-            return Batch(x_BSD), targets
-        longest = int(self.lengths[places].max())
-        x_BSD = x_BSD if longest == x_BSD.shape[1] else x_BSD[:, :longest]
-        return Batch(x_BSD, self.ops.tensor(self.lengths[places])), targets
+            return Batch(self.cache.read(places)), targets
+        lengths = self.lengths[places]
+        return Batch(self.cache.read(places, int(lengths.max())), self.ops.tensor(lengths)), targets
 
 
 @torch.no_grad()
@@ -101,7 +99,8 @@ def _embedded(job: Job, spec: Spec, below: frozenset[str], inputs: np.ndarray, t
     names = [name for name in below if model.layout(spec).params[name].part == "embed"]
     if spec.patch:
         return model.embed(spec, {name: job.arrays[name] for name in names}, ops.tensor(inputs), ops)
-    found, ids = np.unique(np.maximum(inputs, 0), return_inverse=True)
+    inputs = np.maximum(inputs[:, :tokens], 0)
+    found, ids = np.unique(inputs, return_inverse=True)
     ids = np.pad(ids.reshape(inputs.shape), ((0, 0), (0, tokens - inputs.shape[1])))
     params = {name: job.arrays[name] for name in names if name != "embed.tokens"}
     params["embed.tokens"] = ops.rows(job.arrays, "embed.tokens", found)

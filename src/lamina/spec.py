@@ -72,6 +72,31 @@ class Factored:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Residual streams side by side, each with heads, units and classes of its own (Yu et al. 2021).
+
+    Before block `first_block` the stream is copied, once for each group. From there on, heads and units of a group see
+    its stream alone and add to it alone, and the logits of its classes come from it alone; the logits of classes of
+    groups that are not held are 0. Norms, and the biases that are added to a stream, are the same for all groups.
+
+    Attributes:
+        count: Groups of the whole network, at most as many as it has classes and heads (of keys).
+        first_block: The blocks before it have one stream.
+        held: Indices of the groups that are there, ascending.
+    """
+
+    count: int
+    first_block: int
+    held: tuple[int, ...]
+
+    def parts(self, size: int) -> tuple[range, ...]:
+        """Of `size` units, those of each group held: neighbours, the first groups with one more where need be."""
+        each, more = divmod(size, self.count)
+        starts = ((group, group * each + min(group, more)) for group in self.held)
+        return tuple(range(start, start + each + (group < more)) for group, start in starts)
+
+
+@dataclass(frozen=True)
 class Spec:
     """Sizes and switches of a network: all that is needed to know its layout and to run it. The defaults are GPT-2's.
 
@@ -88,8 +113,8 @@ class Spec:
         sparse: Sparse additions, if any.
         factored: Linear layers in two factors, if any.
         adapter: Width of the bottlenecks after attention and feed-forward part (Houlsby et al. 2019); none if 0.
-        exits: Blocks after which there is a norm and a head of their own. The network's logits are the mean over all
-            heads found.
+        exits: Blocks after which there is a norm, a pooler and a head of their own, as far as the network has them. Its
+            logits are the mean over all heads found.
         scale: Outputs of embeddings and of linear layers in the blocks are divided by it (HeteroFL's scaler).
         kv_heads: Heads of keys and values, which must divide `heads` (Ainslie et al. 2023); 0: as many as heads.
         norm: "layer", or "rms" without bias (Zhang and Sennrich 2019).
@@ -115,6 +140,7 @@ class Spec:
             patches, or the first and the mean side by side, "first_mean".
         pooler: Activation of a dense layer between pool and head; none if empty.
         head_bias: Whether the head has a bias.
+        groups: Residual streams side by side in the upper blocks, if any, and the classes of each.
     """
 
     blocks: int
@@ -154,6 +180,7 @@ class Spec:
     pool: Pool = ""
     pooler: Literal["", "tanh", "relu"] = ""
     head_bias: bool = False
+    groups: Groups | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -180,6 +207,10 @@ class Spec:
         """Vectors before those of patches."""
         return self.leads + self.registers
 
+    def streams(self, block: int) -> int:
+        """Residual streams side by side in a block."""
+        return len(self.groups.held) if self.groups and block >= self.groups.first_block else 1
+
     def length(self, tokens: int) -> int:
         """Vectors in the residual stream of a sequence of so many tokens, or of an image."""
         return self.registers + self.positions if self.patch else tokens
@@ -188,7 +219,7 @@ class Spec:
 def spec_from_json(data: Mapping[str, Any]) -> Spec:
     """The spec of which `data` is `dataclasses.asdict`, after a detour through JSON or not."""
     values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
-    for key, cls in (("lora", Lora), ("sparse", Sparse), ("factored", Factored)):
+    for key, cls in (("lora", Lora), ("sparse", Sparse), ("factored", Factored), ("groups", Groups)):
         if values[key]:
             tuples = {name: tuple(each) for name, each in values[key].items() if isinstance(each, list)}
             values[key] = cls(**values[key] | tuples)
@@ -211,16 +242,8 @@ def layout(spec: Spec) -> Layout:
     for i in range(spec.blocks):
         rows |= _block(spec, sizes, i)
         if i in spec.exits:
-            rows |= _norm(spec, f"exit.{i}.norm", i, "exit")
-            rows |= _head(spec, sizes, f"exit.{i}.head", i, "exit")
-    if spec.final_norm:
-        rows |= _norm(spec, "norm", None)
-    if spec.pooler:
-        sizes[Axis("pooled")] = spec.embed
-        rows["head.pool.weight"] = Param((Axis("pooled"), Axis("embed")), "head")
-        rows["head.pool.bias"] = Param((Axis("pooled"),), "head")
-    rows |= _head(spec, sizes, "head", None, "head")
-    return Layout(rows, sizes, spec.blocks)
+            rows |= _end(spec, sizes, f"exit.{i}.", i)
+    return Layout(rows | _end(spec, sizes, "", None), sizes, spec.blocks)
 
 
 def _input(spec: Spec, sizes: dict[Axis, int]) -> dict[str, Param]:
@@ -275,17 +298,27 @@ def _norm(spec: Spec, name: str, block: int | None, part: Part = "norm") -> dict
     return {f"{name}.{end}": Param((Axis("embed"),), part, block) for end in ends}
 
 
-def _head(spec: Spec, sizes: dict[Axis, int], name: str, block: int | None, part: Part) -> dict[str, Param]:
-    """Rows of a head; new axes go into `sizes`."""
+def _end(spec: Spec, sizes: dict[Axis, int], prefix: str, block: int | None) -> dict[str, Param]:
+    """Rows of norm, pooler and head, of the network or of an exit after a block; new axes go into `sizes`."""
+    norm: Part = "norm" if block is None else "exit"
+    part: Part = "head" if block is None else "exit"
+    rows = _norm(spec, f"{prefix}norm", block, norm) if spec.final_norm else {}
+    into: tuple[Axis, ...] = (Axis("embed"),)
+    if spec.pooler:
+        sizes[Axis("pooled")] = spec.embed
+        rows[f"{prefix}head.pool.weight"] = Param((Axis("pooled"), *into), part, block)
+        rows[f"{prefix}head.pool.bias"] = Param((Axis("pooled"),), part, block)
+        into = (Axis("pooled"),)
     if not spec.outputs:
-        return {}
+        return rows
     sizes[spec.output_axis] = spec.outputs
-    into: tuple[Axis, ...] = (Axis("pooled" if spec.pooler and part == "head" else "embed"),)
     if spec.pool == "first_mean":
         sizes[Axis("halves")] = 2
         into = (Axis("halves"), *into)
-    rows = {f"{name}.weight": Param((spec.output_axis, *into), part, block)}
-    return rows | ({f"{name}.bias": Param((spec.output_axis,), part, block)} if spec.head_bias else {})
+    rows[f"{prefix}head.weight"] = Param((spec.output_axis, *into), part, block)
+    if spec.head_bias:
+        rows[f"{prefix}head.bias"] = Param((spec.output_axis,), part, block)
+    return rows
 
 
 def _linear(

@@ -85,9 +85,10 @@ class Cache:
         if self._kept is None and self._item_bytes < FLOAT_BYTES:
             self._ledger.blank(x.shape, self._item_bytes)
 
-    def read(self, rows: np.ndarray) -> Tensor:
+    def read(self, rows: np.ndarray, count: int | None = None) -> Tensor:
         """A copy."""
-        found = self._ledger.blank((len(rows), *self._shape), self._item_bytes)
+        size = self._shape if count is None else (count, *self._shape[1:])
+        found = self._ledger.blank((len(rows), *size), self._item_bytes)
         return found if self._item_bytes == FLOAT_BYTES else self._ledger.blank(found.shape)
 
 

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from lamina.fleet import RESOURCES
 from lamina.methods.about import meanings, own_fields, written
 from lamina.methods.base import Method
+from lamina.table import Table
 from lamina.units import human
 
 _BAR = 28
 _KINDS = {
     "mean_over_devices": "mean over devices",
-    "weighted": "weighted by characters",
+    "weighted": "weighted by predictions",
     "p10": "10th percentile",
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, column heads and rows of text; `left` is the number of columns that are words rather than numbers."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    left: int = 1
 
 
 def networks(network: Mapping[str, Any]) -> Table:

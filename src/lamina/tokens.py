@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lamina import checkpoint
+from lamina import hf
 from lamina.data import text as characters
 from lamina.errors import UserError
 from lamina.files import digest
@@ -138,15 +138,16 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: There is none, it is damaged, or of a kind that is not read.
     """
-    alphabet = checkpoint.read_alphabet(folder)
+    alphabet = hf.read_alphabet(folder)
     if alphabet is not None:
         if alphabet != characters.ALPHABET:
             raise UserError(f"network {folder.name} was trained on another alphabet than lamina.data.text.ALPHABET")
         return Characters()
-    config = read_object(folder / checkpoint.CONFIG)
+    config = read_object(folder / hf.CONFIG)
     about: dict[str, Any] = {}
     for name in _ABOUT:
-        about |= read_object(folder / name) if (folder / name).is_file() else {}
+        found = read_object(folder / name) if (folder / name).is_file() else {}
+        about |= {key: value for key, value in found.items() if value is not None}
     try:
         inner = _inner(folder, config, about)
         inner.no_truncation()
@@ -321,8 +322,8 @@ def _parts(text: str) -> Iterator[str]:
 
 def _special(about: Mapping[str, Any], key: str, default: str) -> str:
     """A special token by its role, which tokenizer_config.json writes as text or as an object with `content`."""
-    value = about.get(key)
-    return str(value["content"] if isinstance(value, dict) and "content" in value else value or default)
+    value = about.get(key, default)
+    return str(value["content"] if isinstance(value, dict) and "content" in value else value)
 
 
 def _demand_tokens(path: Path, ids: Mapping[str, int], tokens: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -12,11 +12,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lamina.pretrain import Pretrain
-from lamina.pretrain import Progress as Point
-from lamina.run import RoundRow, Run
-from lamina.server import DeviceRow
-from lamina.tables import Table
+if TYPE_CHECKING:
+    from lamina.pretrain import Pretrain
+    from lamina.pretrain import Progress as Point
+    from lamina.run import RoundRow, Run
+    from lamina.server import DeviceRow
+    from lamina.table import Table
 
 
 class View:

@@ -1,28 +1,38 @@
 """The tensors of a Hugging Face folder: one safetensors file or several, read one tensor at a time.
 
 Pickles are never opened. A file is mapped into memory for as long as one of its tensors is copied out of it, so that
-reading takes the memory of what is kept and of one tensor.
+reading takes the memory of what is kept and of one tensor. Headers, and whether values are finite, are read without
+torch, which takes more memory than most of these networks.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lamina.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Of networks, in the words of safetensors."""
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Of networks: the words of safetensors -> those of torch."""
+_EXPONENTS = {
+    "F32": ("<u4", np.uint32(0x7F800000)),
+    "F16": ("<u2", np.uint16(0x7C00)),
+    "BF16": ("<u2", np.uint16(0x7F80)),
+}
+_CHUNK = 1 << 22
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
@@ -35,18 +45,39 @@ class Entry:
         path: The file.
         shape: As stored.
         dtype: In the words of safetensors, such as "F32".
+        begin: First of its bytes in the file.
+        end: The one after its last.
     """
 
     name: str
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    begin: int
+    end: int
+
+    @contextmanager
+    def mapped(self) -> Iterator[Tensor]:
+        """The tensor in the memory that the file is mapped into for as long as this lasts."""
+        with safe_open(self.path, "pt") as file:
+            yield file.get_tensor(self.name)
 
     def read(self) -> Tensor:
         """The tensor as it is stored, in memory of its own."""
-        with safe_open(self.path, "pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
+        with self.mapped() as tensor:
             return tensor.clone()
+
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes, a piece at a time."""
+        with open(self.path, "rb") as file:
+            file.seek(self.begin)
+            for start in range(self.begin, self.end, _CHUNK):
+                yield file.read(min(_CHUNK, self.end - start))
+
+    def is_finite(self) -> bool:
+        """Whether all values are: whether in none of them all bits of the exponent are set."""
+        kind, exponent = _EXPONENTS[self.dtype]
+        return not any((np.frombuffer(chunk, kind) & exponent == exponent).any() for chunk in self.chunks())
 
 
 def entries(folder: Path) -> dict[str, Entry]:
@@ -69,19 +100,19 @@ def entries(folder: Path) -> dict[str, Entry]:
     raise UserError(f"no weights at {folder / FILE}")
 
 
-def files(folder: Path) -> list[Path]:
-    """The files that the weights of a folder are in."""
-    return sorted({each.path for each in entries(folder).values()})
-
-
 def _headers(path: Path) -> Iterator[Entry]:
     try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                part = file.get_slice(name)
-                yield Entry(name, path, tuple(part.get_shape()), part.get_dtype())
+        with safe_open(path, "numpy"):  # which finds all that may be wrong with a header
+            pass
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error
+    for name, about in header.items():
+        if name != "__metadata__":
+            begin, end = (8 + size + offset for offset in about["data_offsets"])
+            yield Entry(name, path, tuple(about["shape"]), about["dtype"], begin, end)
 
 
 def _sharded(index: Path) -> dict[str, Entry]:
@@ -112,15 +143,14 @@ def merge(found: Mapping[str, Entry], path: Path) -> None:
     ordered = sorted(found.values(), key=lambda each: (-_bits(each.dtype), each.name))  # so that all lie aligned
     end = 0
     for each in ordered:
-        begin, end = end, end + math.prod(each.shape) * _bits(each.dtype) // 8
+        begin, end = end, end + each.end - each.begin
         header[each.name] = {"dtype": each.dtype, "shape": each.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for each in ordered:
-            with safe_open(each.path, "pt") as source:
-                file.write(source.get_tensor(each.name).contiguous().flatten().view(torch.uint8).numpy())
+            file.writelines(each.chunks())
 
 
 def _bits(dtype: str) -> int:

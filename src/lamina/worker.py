@@ -62,10 +62,10 @@ def _answer(folder: Path) -> None:
     plan, local = Plan.from_json(request["plan"]), Local(**request["local"])
     arrays, state = (Flash(folder / f"{kind}.safetensors") for kind in ("arrays", "state"))
     job = Job(Turn(**request["turn"]), plan, local, arrays, method, state)
-    examples = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("ids", "targets"))
+    examples = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("inputs", "targets"))
     shard, limit_bytes = Pairs(*examples), request["limit_bytes"]
     answer: dict[str, Any] = {"reason": None, "watched": None, "allocator_bytes": 0}
-    _settle(local.batch_size * len(shard.inputs[0]), spec)
+    _settle(local.batch_size * spec.length(shard.inputs.shape[1]), spec)
     before = start_count()
     update = None
     try:
@@ -96,8 +96,8 @@ def _settle(tokens: int = 0, spec: Spec | None = None) -> None:
     """
     sizes = _LARGE
     if spec:
-        most, vocab = min(tokens, _LARGE[0][1]), min(spec.vocab, _LARGE[-1][2])
-        sizes = ((most, spec.embed, spec.ffn), (most, spec.ffn, spec.embed), (most, spec.embed, vocab))
+        most, outputs = min(tokens, _LARGE[0][1]), min(spec.outputs, _LARGE[-1][2])
+        sizes = ((most, spec.embed, spec.ffn), (most, spec.ffn, spec.embed), (most, spec.embed, outputs))
     with traceless():
         for rows, inputs, outputs in sizes:
             x, weight = torch.zeros(rows, inputs, requires_grad=True), torch.zeros(outputs, inputs, requires_grad=True)

@@ -153,6 +153,17 @@ def test_where_there_is_no_test_set_a_part_of_each_class_is_held_out(tmp_path: P
     assert (np.bincount(train.labels).tolist(), np.bincount(test.labels).tolist()) == ([7, 7, 7], [3, 3, 3])
 
 
+def test_a_class_without_test_images_is_told(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", TRAIN)
+    write_classes(tmp_path / "test", Pictures(TEST.images, np.full(9, 2)))
+    task = Images(path=str(tmp_path), devices=2).load(0, None, tmp_path)
+    assert task.notes == ("2 of 3 classes have no test image: bird, cat",)
+    whole = Images(path=str(tmp_path / "train"), devices=2).load(0, None, tmp_path)
+    assert whole.notes == ()
+    message = refusal(Images(path=str(tmp_path / "train"), test_fraction=0.01).read)
+    assert message == f"task.test_fraction = 0.01 of {tmp_path}/train is no test image; raise it"
+
+
 def test_a_test_set_elsewhere_has_the_same_classes_by_name(tmp_path: Path) -> None:
     write_classes(tmp_path / "a", TRAIN)
     write_classes(tmp_path / "b", Pictures(TEST.images, np.arange(9) % 2), names=["cat", "dog"])

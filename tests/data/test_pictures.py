@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import re
+import runpy
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +197,22 @@ def test_what_a_task_reads_of_a_network(tmp_path: Path) -> None:
         pixels.write(path, Pixels((mean,), (0.5,), size))
     first, second, third = map(Digits().reads, paths)
     assert first == second != third
+
+
+def test_the_script_makes_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From lines as scikit-learn has them; lossless, and nothing else is taken for them."""
+    root = Path(__file__).parents[2]
+    asset = lzma.decompress((root / "src/lamina/assets/digits.xz").read_bytes())
+    table = np.frombuffer(asset, np.uint8).reshape(-1, 65)
+    with gzip.open(tmp_path / "digits.csv.gz", "wt", encoding="ascii") as file:
+        np.savetxt(file, table, fmt="%.18e", delimiter=",")
+    command = [str(tmp_path / "digits.csv.gz"), str(tmp_path / "made.xz")]
+    script = runpy.run_path(str(root / "scripts/make_digits.py"))
+    monkeypatch.setattr("sys.argv", ["make_digits.py", *command])
+    script["main"]()
+    assert lzma.decompress((tmp_path / "made.xz").read_bytes()) == asset
+    with pytest.raises(SystemExit, match="another file"):
+        script["pack"](table[:-1])
 
 
 def test_digits_have_no_users() -> None:

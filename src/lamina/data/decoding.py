@@ -91,7 +91,8 @@ def head(file: Encoded) -> Head:
             raise UserError(
                 f"{file.name} has pixels of more than 8 bits (mode {image.mode}); 8 bits per channel are read"
             )
-        upright = image.getexif().get(_ORIENTATION) not in _ON_THEIR_SIDE
+        # Without the first condition a PNG would be decoded, in search of EXIF data behind its pixels.
+        upright = "exif" not in image.info or image.getexif().get(_ORIENTATION) not in _ON_THEIR_SIDE
         width, height = image.size if upright else image.size[::-1]
         return Head(file.name, width, height, image.mode in _GREY)
 

@@ -32,6 +32,7 @@ class Digits(Album):
         UserError: A field is out of range.
     """
 
+    path: ClassVar[None] = None  # they come with lamina
     flips: ClassVar[bool] = False
 
     size: int = SIDE

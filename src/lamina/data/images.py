@@ -12,7 +12,7 @@ import numpy as np
 from lamina.data.arrow import saved
 from lamina.data.dealing import demand
 from lamina.data.formats import Source, cifar, folders, sheets
-from lamina.data.pictures import Album, Pictures, hold_out, listed
+from lamina.data.pictures import Album, Pictures, hold_out, listed, unseen
 from lamina.errors import UserError
 
 ACCEPTED = (
@@ -74,7 +74,7 @@ class Images(Album):
         """Training and test set."""
         names, source = self.classes(), self._source
         train = _checked(source.train.read(self.size), names, f"the training set of {self.path}")
-        empty = [name for name, count in zip(names, _counts(train, names), strict=True) if not count]
+        empty = unseen(train, names)
         if empty:
             raise UserError(
                 f"{len(empty)} of the {len(names)} classes of {self.path} have no training image: {listed(empty)}"
@@ -139,8 +139,3 @@ def _checked(pictures: Pictures, names: tuple[str, ...], where: str) -> Pictures
             f" the first is image {wrong[0]} with label {pictures.labels[wrong[0]]}"
         )
     return pictures
-
-
-def _counts(pictures: Pictures, names: tuple[str, ...]) -> np.ndarray:
-    """Images of each class, int64 [classes]."""
-    return np.bincount(pictures.labels, minlength=len(names))

@@ -152,7 +152,7 @@ class Album(Dealing):
         found = pixels.read(folder)
         return digest(repr((found.mean, found.std)).encode())
 
-    def load(self, seed: int, groups: Sequence[int], folder: Path) -> Task:
+    def load(self, seed: int, groups: Sequence[int] | None, folder: Path) -> Task:
         """The images of every device.
 
         Args:
@@ -174,9 +174,8 @@ class Album(Dealing):
         dealt = self.deal(train.labels, test.labels, seed, groups)
         shift = train.images.shape[1] // 8 if self.augment else 0
         flip = self.augment and self.flips
-        untested = [
-            name for name, count in zip(names, np.bincount(test.labels, minlength=len(names)), strict=True) if not count
-        ]
+        untested = unseen(test, names)
+        told = f"{len(untested)} of {len(names)} classes have no test image: {listed(untested)}"
         parts = [train.images, train.labels, test.images, test.labels, *dealt.train, *dealt.test]
         return Task(
             train=tuple(Photos(train, rows, wanted, shift, flip) for rows in dealt.train),
@@ -187,10 +186,14 @@ class Album(Dealing):
             kinds=names,
             mix=split.mixes(train.labels, dealt.train, len(names)),
             labels=names,
-            notes=(f"{len(untested)} of {len(names)} classes have no test image: {listed(untested)}",)
-            if untested
-            else (),
+            notes=(told,) if untested else (),
         )
+
+
+def unseen(pictures: Pictures, names: Sequence[str]) -> list[str]:
+    """The classes of which there is no image."""
+    counts = np.bincount(pictures.labels, minlength=len(names))
+    return [name for name, count in zip(names, counts, strict=True) if not count]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -140,7 +140,7 @@ def _read(path: Path) -> dict[str, Rows]:
         return {"": _csv(content, str(path), "," if kind == "csv" else "\t")}
     if kind == "jsonl":
         lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-        return {"": _table((_json(line, f"{path}, line {number},") for number, line in lines), str(path))}
+        return {"": _table((_json(line, f"{path}, line {number}") for number, line in lines), str(path))}
     value = _json(content, str(path))
     if isinstance(value, list):
         return {"": _table(value, str(path))}

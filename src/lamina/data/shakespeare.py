@@ -21,13 +21,13 @@ from typing import Literal
 import numpy as np
 
 from lamina import tokens
-from lamina.checkpoint import read_alphabet
 from lamina.data import split, windows
 from lamina.data.task import Task
 from lamina.data.text import ALPHABET, decode_utf8, encode, normalise, read_bytes
 from lamina.data.windows import Windows
 from lamina.errors import UserError
 from lamina.files import digest
+from lamina.hf import read_alphabet
 from lamina.spec import Spec
 from lamina.turn import generator
 

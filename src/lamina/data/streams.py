@@ -37,7 +37,7 @@ class Text(Dealing):
         text: Column of the texts. None: the first with a usual name, such as "text".
         user: Column of the users. None: the first with a usual name, such as "user"; of .txt, the name of the file.
         window: Tokens the network sees.
-        stride: Tokens between training windows. As many as `window`: every token is a target once per epoch.
+        stride: Tokens between training windows. None: as many as `window`; every token is a target once per epoch.
         scored: Positions at the end of a test window that count, and the tokens between test windows. With k, every
             token of the test part counts once and is seen with window - k + 1 to window tokens of context; up to k - 1
             at its end do not count.
@@ -53,7 +53,7 @@ class Text(Dealing):
     text: str | None = None
     user: str | None = None
     window: int = 128
-    stride: int = 128
+    stride: int | None = None
     scored: int = 32
     train_fraction: float = 0.9
     test_windows: int | None = None
@@ -62,7 +62,7 @@ class Text(Dealing):
         """Refuse fields that are out of range."""
         super().__post_init__()
         demand("window", self.window, self.window >= 2, "at least 2")
-        demand("stride", self.stride, self.stride >= 1, "at least 1")
+        demand("stride", self.stride, self.stride is None or self.stride >= 1, "at least 1")
         demand("scored", self.scored, 1 <= self.scored <= self.window, f"from 1 to window = {self.window}")
         demand("train_fraction", self.train_fraction, 0 < self.train_fraction < 1, "above 0 and below 1")
         demand("test_windows", self.test_windows, self.test_windows is None or self.test_windows >= 1, "at least 1")
@@ -159,26 +159,29 @@ class Text(Dealing):
         """All texts in one stream, and the windows of each."""
         texts, test_texts = self._texts
         if test_texts is None:
-            fractions, base = (self.train_fraction, self.train_fraction), 0
+            fractions = self.train_fraction, self.train_fraction
             train = test = self._stream(tokenizer, texts, windows.least(self.window, self.train_fraction))
             ids = train.ids
         else:
             fractions = 1.0, 0.0
-            train, test = (self._stream(tokenizer, each, self.window + 1) for each in (texts, test_texts))
-            ids, base = np.concatenate([train.ids, test.ids]), len(train.ids)
-        cut, test_cut = (self.window, self.stride, fractions[0]), (self.window, self.scored, fractions[1])
+            train = self._stream(tokenizer, texts, self.window + 1)
+            test = self._stream(tokenizer, test_texts, self.window + 1, len(train.ids))
+            ids = np.concatenate([train.ids, test.ids])
+        cut = self.window, self.stride or self.window, fractions[0]
+        test_cut = self.window, self.scored, fractions[1], self.test_windows
         return _Pool(
             ids=ids,
             names=train.names,
             starts=[at + windows.training(length, *cut) for at, length in train.spans],
             test_names=test.names,
-            test_starts=[
-                base + at + windows.testing(length, *test_cut, self.test_windows) for at, length in test.spans
-            ],
+            test_starts=[at + windows.testing(length, *test_cut) for at, length in test.spans],
         )
 
-    def _stream(self, tokenizer: tokens.Tokenizer, texts: dict[str, list[str]], least: int) -> _Stream:
-        """Texts one after the other; those of at least so many tokens, neighbours joined where that is allowed."""
+    def _stream(self, tokenizer: tokens.Tokenizer, texts: dict[str, list[str]], least: int, at: int = 0) -> _Stream:
+        """Texts one after the other from place `at` on; those of at least so many tokens.
+
+        Neighbours that are shorter are joined, but not where each may be a device.
+        """
         found = iter(tokenizer.encode([text for each in texts.values() for text in each]))
         end = [] if tokenizer.end is None else [np.array([tokenizer.end])]
         pieces, lengths = [], []
@@ -186,18 +189,18 @@ class Text(Dealing):
             mine = [part for _ in each for part in (next(found), *end)]
             pieces += mine
             lengths.append(sum(map(len, mine)))
-        names, spans = list(texts), list(zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False))
+        names, spans = list(texts), list(zip(np.cumsum([at, *lengths]).tolist(), lengths, strict=False))
         if self.split != "natural":
             names, spans = _neighbours(names, spans, least)
         kept = [row for row, (_, length) in enumerate(spans) if length >= least]
         if not kept:
+            where = self.path if at == 0 else f"{self.test_path or self.path} for testing"
             raise UserError(
-                f"no text of {self.path} is long enough: the longest has {max(lengths)} tokens, {least} are needed"
-                f" (task.window = {self.window}, task.train_fraction = {self.train_fraction})"
+                f"no text of {where} is long enough: the longest has {max(length for _, length in spans)} tokens,"
+                f" {least} are needed (task.window = {self.window}, task.train_fraction = {self.train_fraction})"
             )
-        return _Stream(
-            tokens.joined(pieces, tokenizer.vocab), [names[row] for row in kept], [spans[row] for row in kept]
-        )
+        ids = tokens.joined(pieces, tokenizer.vocab)
+        return _Stream(ids, [names[row] for row in kept], [spans[row] for row in kept])
 
     def _refuse_short(self, names: Sequence[str]) -> None:
         """Raise a UserError if all users are to be devices and some are too short to be."""

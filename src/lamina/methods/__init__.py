@@ -11,6 +11,7 @@ from lamina.methods.depth import DepthFL, ProgFed, Slt
 from lamina.methods.exact import FedExLora, FlexLora, Flora
 from lamina.methods.forward import Mezo, Spry
 from lamina.methods.full import FedAvg
+from lamina.methods.groups import Fed2
 from lamina.methods.lora import FedLora, FfaLora, HetLora, LoraLastT
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "fedrolex": FedRolex,
     "fjord": Fjord,
     "flanc": Flanc,
+    "fed2": Fed2,
     "depthfl": DepthFL,
     "progfed": ProgFed,
     "slt": Slt,

@@ -24,8 +24,9 @@ class Adapters(Added):
     adapters are in model/lamina.safetensors, since the Hugging Face layout has no place for them.
 
     **Source:** Houlsby et al., ICML 2019, section 2; averaged as weights are (McMahan et al. 2017).
-    **Departs:** in pre-LN blocks, as GPT-2 has them; the paper's are post-LN. The final norm trains in any case. The
-    first weights have the deviation 0.01 of the paper's section 3.6; its code has 0.001.
+    **Departs:** the paper's blocks have norms after the sums, as BERT; in those that have them before (GPT-2 and most
+    others) the place is the same. A final norm trains in any case. The first weights have the deviation 0.01 of the
+    paper's section 3.6; its code has 0.001.
 
     Attributes:
         width: Of the bottleneck.

@@ -231,3 +231,9 @@ def suffix_label(trained: int, blocks: int) -> str:
 def share(size: int, fraction: float) -> int:
     """Units kept of an axis: the fraction, rounded up, at least one."""
     return max(1, math.ceil(round(fraction * size, 9)))
+
+
+def grouped(spec: Spec, groups: int) -> Spec:
+    """The network with so many heads of keys per block, each with as many of queries as it has."""
+    shared = spec.heads // (spec.kv_heads or spec.heads)
+    return replace(spec, heads=groups * shared, kv_heads=groups if spec.kv_heads else 0)

@@ -266,7 +266,7 @@ class FedRa(Method):
     Attributes:
         rank: Of the low-rank matrices.
         alpha: Numerator of the scale; the rank if 0.
-        targets: "all" six linears of a block, or "qv".
+        targets: "all" linears of a block, or "qv".
         train_head: Whether the head trains.
     """
 

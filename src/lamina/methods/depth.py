@@ -37,7 +37,7 @@ def _input(layout: Layout) -> frozenset[str]:
 
 
 def _end(layout: Layout, depth: int) -> frozenset[str]:
-    """Names of the norm and head after so many blocks: those of an exit, or after all blocks the network's own."""
+    """Names of norm, pooler and head after so many blocks: of an exit, or after all blocks the network's own."""
     if depth == layout.blocks:
         return layout.tail(0)
     return frozenset(name for name, row in layout.params.items() if row.part == "exit" and row.block == depth - 1)
@@ -48,7 +48,7 @@ def _first_label(depth: int, blocks: int) -> str:
 
 
 def first_blocks(spec: Spec, params: Params, depth: int) -> tuple[Spec, Params]:
-    """A network of the first so many blocks, which has no exits: the one after them is its norm and head."""
+    """A network of the first so many blocks, which has no exits: the one after them is its end."""
     short = replace(spec, blocks=depth, exits=())
     end = "" if depth == spec.blocks else f"exit.{depth - 1}."
     rows = model.layout(short).params.items()
@@ -69,7 +69,7 @@ class _FromBelow(Method):
     group: ClassVar[str] = "depth"
 
     def equip(self, spec: Spec, params: Params, pretrained: Params) -> Params:
-        """Exits start as copies of the pretrained final norm and head."""
+        """Exits start as copies of the final norm, the pooler and the head, as far as the network has them."""
         exits = [name for name, row in model.layout(spec).params.items() if row.part == "exit"]
         return params | {name: pretrained[name.split(".", 2)[2]].clone() for name in exits}
 
@@ -87,7 +87,8 @@ class _FromBelow(Method):
 class DepthFL(_FromBelow):
     """Each device trains the first k blocks and the exits up to there, which also learn from one another.
 
-    An exit is a norm and a head after a block; the network's own are the last. On a device with K exits the loss is
+    An exit is a norm and a head after a block; the network's own are the last. Networks whose blocks end in a norm
+    (BERT) have none in their exits, and those with a pooler have one in each. On a device with K exits the loss is
 
         sum_i CE(y, p_i) + r(t) / (K - 1) sum_i sum_{j != i} KL(p_j || p_i),  r(t) = exp(-5 (1 - min(t, T) / T)^2)
 
@@ -118,7 +119,8 @@ class DepthFL(_FromBelow):
     cuts: ClassVar[str] = "the last blocks"
     note: ClassVar[str] = (
         "Nothing of the blocks above the last exit that fits, but a norm, a head and logits per exit, and with FedDyn "
-        "two more copies of all that trains."
+        "two more copies of all that trains. A head over tens of thousands of tokens is larger than many blocks: have "
+        "few (`every`)."
     )
     stateful: ClassVar[str] = "FedDyn's linear term, as large as all it trains"
 

@@ -25,11 +25,11 @@ class Spry(LowRank):
     per round.
     **Departs:** layers go by the number of device and round, (device + 1 + round) blocks on, and not by the place in
     the cohort, which a device need not know; A and B of a block stay together. The server takes the mean instead of a
-    step of FedYogi. The head is not replaced here, so it stays as it was pretrained (`train_head`).
+    step of FedYogi. A head over the vocabulary is not replaced here, so it stays as it was pretrained (`train_head`).
 
     Attributes:
         blocks: Whose A and B a device trains in a round; 0: of all.
-        train_head: Whether every device trains the head as well.
+        train_head: Whether every device trains the head as well. One that classifies, which may be new, trains always.
     """
 
     rank: int = 1
@@ -59,12 +59,12 @@ class Spry(LowRank):
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """One: of all shares of a round, that with the lowest block, which any device may get, is the dearest."""
         layout = model.layout(spec)
-        count = min(self.blocks or spec.blocks, spec.blocks)
+        count, head = min(self.blocks or spec.blocks, spec.blocks), self.train_head or bool(spec.labels)
         mine = {(count * (turn.device + 1 + turn.round) + i) % spec.blocks for i in range(count)}
         names = frozenset(
             name
             for name, row in layout.params.items()
-            if (row.part == "lora" and row.block in mine) or (self.train_head and row.part == "head")
+            if (row.part == "lora" and row.block in mine) or (head and row.part == "head")
         )
         blocks = ", ".join(str(block + 1) for block in sorted(mine))
         yield Plan(frozenset(layout.params), names, label=f"low rank, block {blocks}", gradient="forward")
@@ -82,7 +82,8 @@ class Mezo(LowRank):
     here a device receives the tensors. The learning rate is given times the number of trained scalars (`zeroth_lr`).
 
     Attributes:
-        trains: "lora", "all" the network, or the "head" with the norm before it.
+        trains: "lora", with the head where it classifies, which may be new; "all" the network; or the "head" with the
+            norm before it.
     """
 
     rank: int = 1
@@ -106,6 +107,7 @@ class Mezo(LowRank):
         """One."""
         layout = model.layout(spec)
         names = frozenset(layout.params)
-        tail, lora = layout.tail(0), frozenset(name for name, row in layout.params.items() if row.part == "lora")
+        tail, parts = layout.tail(0), ("lora", "head") if spec.labels else ("lora",)
+        lora = frozenset(name for name, row in layout.params.items() if row.part in parts)
         trains, label = {"lora": (lora, "low rank"), "all": (names, "all"), "head": (tail, "head")}[self.trains]
         yield Plan(names, trains, label=f"{label} {spec.blocks}, two losses", gradient="zeroth")

@@ -76,7 +76,7 @@ class LowRank(Method):
     Attributes:
         rank: r of the matrices.
         alpha: Numerator of their scale; 2 r if 0.
-        targets: Beside "all" six linears of a block, or "qv".
+        targets: Beside "all" linears of a block, or "qv".
     """
 
     rank: int = 8

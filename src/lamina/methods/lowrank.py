@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lamina import model
 from lamina.job import Job, Turn, Update
 from lamina.layout import Axis, Params
-from lamina.methods.base import Method, share, suffix_label
+from lamina.methods.base import Method, grouped, share, suffix_label
 from lamina.ops import Ops
 from lamina.plan import Plan, Vote, merge
 from lamina.spec import LINEARS, Factored, Spec, as_matrix
@@ -40,7 +40,8 @@ class FedHM(Method):
     """Weak devices train truncated factors, W ~ C B with C = U sqrt(S), B = sqrt(S) V'; the server multiplies back.
 
     The server holds whole weights, U S V' each. A device of ratio s gets the r = D / s largest singular values (D: the
-    width, the smaller side of every linear layer; ratio 1 gets W itself), trains C and B, and returns them; the server
+    width, the smaller side of a linear layer, but of keys and values that queries share, which then have at most their
+    own rank; ratio 1 gets W itself), trains C and B, and returns them; the server
     takes the mean of the products C B and the whole weights. Where nobody of ratio 1 took part, the global network
     counts as one who did, so that what the factors cannot express is not lost at once (`history`). The loss gains
     (lambda / 2) |C B|^2 in the place of a decay of the factors; its gradient is lambda C (B B') and lambda (C' C) B.
@@ -193,7 +194,8 @@ class Flanc(Method):
     """Each linear layer is a basis that all widths share times coefficients that each width has for itself.
 
     W = [C_1 B, ..., C_G B] with B [n, g] for groups of g inputs. A device of width w has the first w H heads and w F
-    feed-forward units per block, rounded up, and the whole residual stream. The server takes the mean of B over all
+    feed-forward units per block, rounded up, and the whole residual stream; heads are those of keys, with the queries
+    that share them. The server takes the mean of B over all
     participants, and that of everything else (coefficients, biases, norms, embeddings, head) over those of one width.
     The loss gains lambda MSE(B B', I) per basis, summed; with f = (lambda / n^2) sum_ab (B B' - I)_ab^2 and B B'
     symmetric, its gradient is (4 lambda / n^2) (B B' - I) B.
@@ -263,8 +265,8 @@ class Flanc(Method):
         group = spec.factored.inputs
         found: dict[Spec, float] = {}
         for width in self.widths:
-            heads, ffn = share(spec.heads, width), group * share(spec.ffn // group, width)
-            found.setdefault(replace(spec, heads=heads, ffn=ffn), width)
+            heads, ffn = share(spec.kv_heads or spec.heads, width), group * share(spec.ffn // group, width)
+            found.setdefault(replace(grouped(spec, heads), ffn=ffn), width)
         return {width: network for network, width in found.items()}
 
     def equip(self, spec: Spec, params: Params, pretrained: Params) -> Params:

@@ -43,7 +43,8 @@ class PerFedMask(Method):
 
     Attributes:
         starts: Masks, all but the first at random, from which the search goes on.
-        train_head: Whether all devices also train the final norm and the head; not so in the paper.
+        train_head: Whether all devices also train the final norm and the head; not so in the paper. A new head for the
+            classes of a task otherwise stays as it was drawn, and the blocks learn to suit it.
         personal_epochs: Passes over its own examples that each device makes after the last round, training the whole
             network for itself by SGD with momentum 0.9 and weight decay 5e-4, as in the paper.
         personal_lr: Learning rate of that. The default is the last one of the authors' schedule.

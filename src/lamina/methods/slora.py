@@ -32,7 +32,7 @@ class SLora(FedLora):
     **Source:** Babakniya, Elkordy, Ezzeldin, Liu, Song, El-Khamy and Avestimehr, 2023 (SLoRA), sections 4 and 5.
     **Departs:** the elements are uniform within each linear layer, of the same linears and blocks as A and B; biases,
     norms and embeddings stay frozen. How long stage 1 is, the sources at hand do not say. Plans are shown, and the
-    network is chosen, for stage 1; where stage 2 takes more (all six linears, many tokens), devices without room for it
+    network is chosen, for stage 1; where stage 2 takes more (all linears, many tokens), devices without room for it
     sit out from there on.
 
     Attributes:

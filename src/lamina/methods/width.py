@@ -15,7 +15,7 @@ from lamina import model
 from lamina.coding import Coding
 from lamina.job import Job, Turn, Update
 from lamina.layout import Axis, Params
-from lamina.methods.base import Method, Objective, share
+from lamina.methods.base import Method, Objective, grouped, share
 from lamina.ops import Ops
 from lamina.plan import Keep, Plan, Vote, narrow
 from lamina.spec import Spec
@@ -23,7 +23,7 @@ from lamina.spec import Spec
 if TYPE_CHECKING:
     from lamina.planner import Fleet
 
-_EMBED, _HEAD_DIM = Axis("embed"), Axis("head_dim")
+_EMBED, _HEAD_DIM, _POOLED = Axis("embed"), Axis("head_dim"), Axis("pooled")
 _LABELS = "labels"
 
 
@@ -33,8 +33,8 @@ class Width(Method):
 
     Attributes:
         ratios: The widths there are, falling; a device gets the largest that fits its budget.
-        scope: What is cut: the feed-forward units and the heads of every block ("inner"), or the residual stream as
-            well ("full").
+        scope: What is cut: the feed-forward units and the heads of every block ("inner"), or the residual stream, and
+            the pooler of a classifier, as well ("full"). Heads of queries that share one of keys go with it.
     """
 
     ratios: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -43,7 +43,8 @@ class Width(Method):
     group: ClassVar[str] = "width"
     cuts: ClassVar[str] = "feed-forward units and heads, or the residual stream too"
     inside_heads: ClassVar[bool] = False
-    """Whether cutting in full takes dimensions from every head instead of taking whole heads."""
+    """Whether cutting in full takes dimensions from every head instead of taking whole heads, where these do not belong
+    together."""
 
     def __post_init__(self) -> None:
         """Refuse widths that mean nothing.
@@ -59,9 +60,10 @@ class Width(Method):
     def widths(self, spec: Spec) -> dict[float, dict[Axis, int]]:
         """Ratio -> units held of each axis that can be cut; a ratio that comes to no fewer units is left out."""
         sizes, full = model.layout(spec).sizes, self.scope == "full"
-        heads = [] if full and self.inside_heads else [Axis(f"h.{i}.heads") for i in range(spec.blocks)]
+        inside = full and self.inside_heads and not (spec.rotary or spec.qk_norm)
+        heads = [] if inside else [Axis(f"h.{i}.heads") for i in range(spec.blocks)]
         axes = [*heads, *(Axis(f"h.{i}.ffn") for i in range(spec.blocks))]
-        axes += [_EMBED] * full + [_HEAD_DIM] * (full and self.inside_heads)
+        axes += [_EMBED, *[_POOLED] * (_POOLED in sizes)] * full + [_HEAD_DIM] * inside
         found: dict[float, dict[Axis, int]] = {}
         for ratio in self.ratios:
             units = {axis: share(sizes[axis], ratio) for axis in axes}
@@ -197,7 +199,8 @@ class Scaled(Width):
     note: ClassVar[str] = (
         "All falls with the width but the logits and what attention keeps per head. But layer norms see a cut residual "
         "stream: half of a pretrained network knows little more than the frequencies of tokens. "
-        'scope = "inner" leaves the stream whole, which loses and saves less.'
+        'scope = "inner" leaves the stream whole, which loses and saves less. Heads with rotary positions, whose '
+        "dimensions turn in pairs, or with norms of their own are dropped whole."
     )
 
     def runs(self, spec: Spec, ratio: float) -> Spec | None:
@@ -247,9 +250,8 @@ class Nested(Width):
         plan = list(self.plans(spec, turn, {}))[int(memory["widest"])]
         sizes = {axis: kept.count for axis, kept in plan.keep.items()}
         narrower = replace(
-            spec,
+            grouped(spec, sizes.get(Axis("h.0.heads"), spec.kv_heads or spec.heads)),
             embed=sizes.get(_EMBED, spec.embed),
-            heads=sizes.get(Axis("h.0.heads"), spec.heads),
             head_dim=sizes.get(_HEAD_DIM, spec.head_dim),
             ffn=sizes.get(Axis("h.0.ffn"), spec.ffn),
         )
@@ -264,9 +266,10 @@ class HeteroFL(Scaled, Nested):
 
     **Source:** Diao, Ding and Tarokh, ICLR 2021, section 3; their code for what it does to Transformers: all heads
     stay, each sliced, the softmax has the temperature of the sliced head, and all devices count the same.
-    **Departs:** the network is pre-LN GPT-2, without their hidden layer before the logits. "inner" cuts whole heads and
-    feed-forward units and leaves the residual stream as it is. A device also sends which tokens are its own, a byte
-    each. Clip the gradient at 1 (`local.clip`) as they do.
+    **Departs:** networks are those at hand, without their hidden layer before the logits. "inner" cuts whole heads and
+    feed-forward units and leaves the residual stream as it is; so heads are cut with "full" too where they have rotary
+    positions, since dimensions i and i + K / 2 of a head turn together, or norms of queries and keys. A device also
+    sends which tokens or classes are its own, a byte each. Clip the gradient at 1 (`local.clip`) as they do.
     """
 
     own_labels: bool = True
@@ -283,8 +286,9 @@ class FedRolex(Scaled):
 
     **Source:** Alam, Liu, Yan and Zhang, NeurIPS 2022, section 3.2 and Algorithm 1.
     **Departs:** the window rolls inside each head, since one that rolled over all channels at once would mix
-    neighbouring heads. Their code for Transformers masks labels as HeteroFL does, of which the rule says nothing
-    (`own_labels`). One step per round needs n rounds to sweep an axis, more than finetuning has; `stride` may be more.
+    neighbouring heads, and over whole heads where HeteroFL drops those. Their code for Transformers masks labels as
+    HeteroFL does, of which the rule says nothing (`own_labels`). One step per round needs n rounds to sweep an axis,
+    more than finetuning has; `stride` may be more.
 
     Attributes:
         stride: Units by which the window moves from round to round.

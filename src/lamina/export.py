@@ -1,0 +1,95 @@
+"""A finished run as a folder that `transformers` loads: tokenizer, class names, model card, adapter of `peft`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lamina import adapter, card, checkpoint, config, files, hf, networks
+from lamina.card import Exported
+from lamina.config import Experiment
+from lamina.errors import UserError, nearest
+from lamina.imports import COPIED
+from lamina.job import Turn
+from lamina.spec import Spec, layout, plain
+from lamina.state import State
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def export(run: Path, out: Path, dtype: str = "float32", force: bool = False) -> Exported:
+    """Write the network of a finished run as a Hugging Face folder.
+
+    Args:
+        run: The run's folder.
+        out: The folder to make; it appears whole or not at all.
+        dtype: Of the numbers; one of `DTYPES`.
+        force: Whether another network there is replaced.
+
+    Raises:
+        UserError: The run is not finished or damaged, its network is gone, or values do not fit the type.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"no dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    summary, experiment = _summary(run), config.load_experiment(run / "config.toml")
+    source = _source(experiment, summary["network"]["chosen"])
+    spec, params = checkpoint.load_whole(run / "model")
+    told = checkpoint.read_config(run / "model")
+    labels = hf.labels(told) if spec.labels else ()
+    with files.new_folder(out, checkpoint.CONFIG if force else None) as made:
+        names = checkpoint.label_keys(labels) if spec.labels else {}
+        checkpoint.write(made, spec, params, DTYPES[dtype], names, source)
+        for name in COPIED:
+            if (source / name).is_file() and name != checkpoint.OURS:
+                shutil.copyfile(source / name, made / name)
+        held = layout(checkpoint.read_spec(made)).params
+        parts = {"head": "head.", "adapters": "h.", "exits": "exit."}
+        beside = tuple(part for part, start in parts.items() if any(n.startswith(start) for n in params.keys() - held))
+        done = Exported(
+            folder=out,
+            architecture=hf.architecture(made),
+            dtype=dtype,
+            labels=labels,
+            beside=beside,
+            adapter=_adapter(made / "adapter", run, experiment, source, spec),
+        )
+        files.write(made / "README.md", card.page(done, spec, summary, characters=hf.read_alphabet(made) is not None))
+    return done
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    if not (run / "config.toml").is_file():
+        raise UserError(f"{run} is not a run: it has no config.toml")
+    path = run / "summary.json"
+    if not path.is_file():
+        raise UserError(f"the run in {run} is not finished; go on with: lamina run --resume {run}")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _source(experiment: Experiment, chosen: str) -> Path:
+    """Folder of the network that the run began with."""
+    return next(folder for folder in map(networks.find, experiment.networks) if folder.name == chosen)
+
+
+def _adapter(folder: Path, run: Path, experiment: Experiment, source: Path, spec: Spec) -> bool | str:
+    """Write the adapter, if the method made one."""
+    adapted = experiment.method.adapt(plain(spec))
+    if not adapted.lora:
+        return ""
+    path = run / "state.safetensors"
+    state = State.unpack(checkpoint.read_manifest(path), load_file(path))
+    done = Turn(experiment.seed, state.round - 1, experiment.rounds)
+    try:
+        deployed = experiment.method.deploy(adapted, state.params, done, state.memory)
+        adapter.write(folder, source, *deployed, source.name)
+    except UserError as error:
+        return str(error)
+    return True

@@ -12,6 +12,8 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
+from support import Table, begin, write_world
+from test_families import batch, make
 
 from lamina import adapter, card, checkpoint, cli, model
 from lamina.data.text import ALPHABET
@@ -19,8 +21,6 @@ from lamina.errors import UserError
 from lamina.export import export
 from lamina.layout import Params
 from lamina.spec import LINEARS, Lora, Spec, layout
-from tests.support import Table, begin, write_world
-from tests.test_families import batch, make
 
 pytestmark = [
     pytest.mark.filterwarnings(

@@ -93,6 +93,8 @@ OPTIONS = {
     "compare": "FILE --set --out --json",
     "methods": "NAMES --json",
     "pretrain": "FILE --set --json",
+    "import": "FOLDER --out --name --force --json",
+    "export": "RUN --out --dtype --force --json",
 }
 
 
@@ -172,9 +174,9 @@ def test_a_plan_for_four_networks_is_quick_and_reads_no_data(tmp_path: Path, mon
     monkeypatch.setattr(Shakespeare, "load", load)
     monkeypatch.setattr(Shakespeare, "_roles", load)
     experiment = config.experiment(table, "test")
-    tick = time.perf_counter()
+    tick = time.process_time()
     outlook = look_ahead(experiment)
-    assert time.perf_counter() - tick < 2
+    assert time.process_time() - tick < 2
     assert len(outlook.candidates) == 4
     assert outlook.chosen.mean_trained_blocks > 1
 

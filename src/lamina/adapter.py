@@ -111,7 +111,7 @@ def _modules(family: Family, architecture: str, spec: Spec, params: Params) -> d
 
 def _joined(params: Params, parts: list[str | None]) -> tuple[Tensor, Tensor]:
     """A [ranks, inputs] and B [outputs, ranks] of one of their linears; its parts have as many outputs each."""
-    ends = [(part, *(params[f"{name}.lora_{end}"] for end in "ab")) for part, name in enumerate(parts) if name]
+    ends = [(i, params[f"{name}.lora_a"], params[f"{name}.lora_b"]) for i, name in enumerate(parts) if name]
     pairs = [(part, a.flatten(1), b.reshape(-1, b.shape[-1])) for part, a, b in ends]
     outputs, rank = pairs[0][2].shape
     joined = torch.zeros(len(parts) * outputs, len(pairs) * rank)

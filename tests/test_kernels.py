@@ -159,13 +159,13 @@ def group_linear(by_rows: bool, biased: bool) -> Kernel:
     units = (2, 4, 3)
 
     def formula(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-        y = x @ torch.block_diag(*weight.split(units, 0 if by_rows else 1)).T  # type: ignore[no-untyped-call]
+        y: Tensor = x @ torch.block_diag(*weight.split(units, 0 if by_rows else 1)).T  # type: ignore[no-untyped-call]
         return y + rest[0].repeat(1 if by_rows else 3) if biased else y
 
     def call(ops: Ops, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
         return ops.group_linear(x, weight, rest[0] if biased else None, units, by_rows)
 
-    x, weight = ((3 * WIDTH, (9, WIDTH))) if by_rows else (9, (WIDTH, 9))
+    x, weight = (3 * WIDTH, (9, WIDTH)) if by_rows else (9, (WIDTH, 9))
     return Kernel(call, formula, [(BATCH, TOKENS, x), weight, *[weight[:1]] * biased], 1)
 
 

@@ -76,6 +76,7 @@ KEYS = {
     "method flexlora": (METHODS["flexlora"], f"{COMMON} {LORA} ranks"),
     "method adapters": (METHODS["adapters"], f"{COMMON} depth train_head width std"),
     "method flanc": (METHODS["flanc"], f"{COMMON} widths basis_fraction n_basis orthogonality"),
+    "method fed2": (METHODS["fed2"], f"{COMMON} groups shared"),
     "method fedhm": (METHODS["fedhm"], f"{COMMON} ratios first_block decay dynamic temperature history"),
     "method depthfl": (METHODS["depthfl"], f"{COMMON} every alpha ramp"),
     "method progfed": (METHODS["progfed"], f"{COMMON} stages growth warmup"),

@@ -41,7 +41,7 @@ def experiment(name: str, task: Task | None = None) -> Run:
     made = config.experiment(table, "golden")
     task = task or load_task(made)
     outlook = look_ahead(made, task)
-    return Run(Path(), made, outlook, task, first_state(made, outlook))
+    return Run(Path(), made, outlook, task, first_state(made, outlook, task))
 
 
 def losses(name: str, task: Task | None = None) -> dict[str, float]:

@@ -116,12 +116,12 @@ def test_what_is_no_adapter(change: Any, says: str, tmp_path: Path) -> None:
     make(tmp_path / "base", "llama")
     plain_spec, params = checkpoint.load(tmp_path / "base")
     spec = replace(plain_spec, lora=Lora(2, 2.0, ("attn.q",)))
-    changed = change(spec, drawn(spec, params))
+    network, changed = change(spec, drawn(spec, params))
     if not says:
-        adapter.write(tmp_path / "adapter", tmp_path / "base", *changed, "base")
+        adapter.write(tmp_path / "adapter", tmp_path / "base", network, changed, "base")
         return
     with pytest.raises(UserError, match=f"^{says}"):
-        adapter.write(tmp_path / "adapter", tmp_path / "base", *changed, "base")
+        adapter.write(tmp_path / "adapter", tmp_path / "base", network, changed, "base")
     assert not (tmp_path / "adapter").exists()
 
 

@@ -204,6 +204,25 @@ def test_a_stopped_and_resumed_training_is_the_same_to_the_bit(
         assert finished(other.out) == finished(job.out)
 
 
+def test_products_in_bfloat16_are_near_but_not_the_same(job: PretrainImages) -> None:
+    losses = [
+        next(pretrain(replace(job, precision=precision, out=job.out + precision))).train_loss
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_fresh_weights_keep_the_variance_of_what_goes_in(job: PretrainImages) -> None:
+    """Patches of 4 x 4 x 3 = 48 values, 96 and 4 * 96 inputs; what goes into the residual stream is divided."""
+    gallery = replace(job, embed=96, heads=3).read(CPU)
+    params = gallery.init(gallery.spec(3), torch.Generator().manual_seed(0))
+    wanted = {"embed.patches": 48, "h.1.attn.v": 96, "h.2.ffn.up": 96, "h.0.attn.o": 6 * 96, "h.2.ffn.down": 6 * 384}
+    for stem, inputs in wanted.items():
+        assert params[f"{stem}.weight"].std().item() == pytest.approx(inputs**-0.5, rel=0.05)
+    assert params["head.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert not params["h.0.ffn.up.bias"].any()
+
+
 @pytest.mark.parametrize("what", ["patch", "augment", "labels"])
 def test_a_state_of_another_recipe_is_refused(job: PretrainImages, sheets: Path, what: str) -> None:
     next(pretrain(job))

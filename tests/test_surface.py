@@ -130,7 +130,8 @@ def test_the_examples_are_accepted(path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {"demo.toml", "pretrain.toml"} <= {path.name for path in (ROOT / "examples").iterdir()}
+    wanted = {"demo.toml", "pretrain.toml", "pretrain-images.toml"}
+    assert wanted <= {path.name for path in (ROOT / "examples").iterdir()}
 
 
 def printed(code: str) -> str:

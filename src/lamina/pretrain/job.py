@@ -142,6 +142,10 @@ class Material(ABC):
     def spec(self, depth: int) -> Spec:
         """Sizes of the network of one depth."""
 
+    def init(self, spec: Spec, generator: torch.Generator) -> Params:
+        """Fresh weights."""
+        return model.init(spec, generator)
+
     @abstractmethod
     def batch(self, depth: int, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step of training: a function of the two numbers and of the job's seed."""

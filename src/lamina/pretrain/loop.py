@@ -68,7 +68,7 @@ def _train_depth(
 ) -> Iterator[Progress]:
     depth, steps = job.depths[index], job.steps[index]
     device, spec = _device(job.device), material.spec(depth)
-    start = _start(job, index, folder, spec)
+    start = _start(job, index, folder, spec, material)
     params = {name: tensor.to(device).requires_grad_() for name, tensor in start.items()}
     optimizer = _optimizer(spec, params, job.weight_decay)
     first, curve = _resume(folder, params, optimizer, recipe)
@@ -103,13 +103,13 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _start(job: Pretrain, index: int, folder: Path, spec: Spec) -> Params:
+def _start(job: Pretrain, index: int, folder: Path, spec: Spec, material: Material) -> Params:
     if job.grow and index:
         before = job.depths[index - 1]
         _, params = checkpoint.load(folder.with_name(f"{job.name}-{before}"))
         return grow(params, before, spec.blocks)
     seed = int(generator(job.seed, "init", spec.blocks).integers(2**62))
-    return model.init(spec, torch.Generator().manual_seed(seed))
+    return material.init(spec, torch.Generator().manual_seed(seed))
 
 
 def _optimizer(spec: Spec, params: Params, weight_decay: float) -> torch.optim.AdamW:

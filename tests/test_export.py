@@ -12,6 +12,8 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
+from support import Table, begin, write_world
+from test_families import batch, make
 
 from lamina import adapter, card, checkpoint, cli, model
 from lamina.data.text import ALPHABET
@@ -19,8 +21,6 @@ from lamina.errors import UserError
 from lamina.export import export
 from lamina.layout import Params
 from lamina.spec import LINEARS, Lora, Spec, layout
-from tests.support import Table, begin, write_world
-from tests.test_families import batch, make
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -116,12 +116,12 @@ def test_what_is_no_adapter(change: Any, says: str, tmp_path: Path) -> None:
     make(tmp_path / "base", "llama")
     plain_spec, params = checkpoint.load(tmp_path / "base")
     spec = replace(plain_spec, lora=Lora(2, 2.0, ("attn.q",)))
-    changed = change(spec, drawn(spec, params))
+    network, changed = change(spec, drawn(spec, params))
     if not says:
-        adapter.write(tmp_path / "adapter", tmp_path / "base", *changed, "base")
+        adapter.write(tmp_path / "adapter", tmp_path / "base", network, changed, "base")
         return
     with pytest.raises(UserError, match=f"^{says}"):
-        adapter.write(tmp_path / "adapter", tmp_path / "base", *changed, "base")
+        adapter.write(tmp_path / "adapter", tmp_path / "base", network, changed, "base")
     assert not (tmp_path / "adapter").exists()
 
 

@@ -111,10 +111,11 @@ def _modules(family: Family, architecture: str, spec: Spec, params: Params) -> d
 
 def _joined(params: Params, parts: list[str | None]) -> tuple[Tensor, Tensor]:
     """A [ranks, inputs] and B [outputs, ranks] of one of their linears; its parts have as many outputs each."""
-    ends = [(part, *(params[f"{name}.lora_{end}"] for end in "ab")) for part, name in enumerate(parts) if name]
-    pairs = [(part, a.flatten(1), b.reshape(-1, b.shape[-1])) for part, a, b in ends]
-    outputs, rank = pairs[0][2].shape
-    joined = torch.zeros(len(parts) * outputs, len(pairs) * rank)
-    for place, (part, _, b) in enumerate(pairs):
-        joined[part * outputs : (part + 1) * outputs, place * rank : (place + 1) * rank] = b
-    return torch.cat([a for _, a, _ in pairs]), joined
+    named = [(part, name) for part, name in enumerate(parts) if name]
+    joined = torch.cat([params[f"{name}.lora_a"].flatten(1) for _, name in named])
+    blocks = {part: params[f"{name}.lora_b"].flatten(0, -2) for part, name in named}
+    outputs, rank = blocks[named[0][0]].shape
+    diagonal = torch.zeros(len(parts) * outputs, len(named) * rank)
+    for place, (part, b) in enumerate(blocks.items()):
+        diagonal[part * outputs : (part + 1) * outputs, place * rank : (place + 1) * rank] = b
+    return joined, diagonal

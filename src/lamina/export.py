@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from lamina import adapter, card, checkpoint, config, files, hf, networks
 from lamina.card import Exported
 from lamina.config import Experiment
 from lamina.errors import UserError, nearest
-from lamina.imports import COPIED
+from lamina.family import labels as class_names
+from lamina.imports import copy_beside
 from lamina.job import Turn
 from lamina.spec import Spec, layout, plain
 from lamina.state import State
@@ -40,13 +40,11 @@ def export(run: Path, out: Path, dtype: str = "float32", force: bool = False) ->
     source = _source(experiment, summary["network"]["chosen"])
     spec, params = checkpoint.load_whole(run / "model")
     told = checkpoint.read_config(run / "model")
-    labels = hf.labels(told) if spec.labels else ()
+    names = class_names(told) if spec.labels else ()
     with files.new_folder(out, checkpoint.CONFIG if force else None) as made:
-        names = checkpoint.label_keys(labels) if spec.labels else {}
-        checkpoint.write(made, spec, params, DTYPES[dtype], names, source)
-        for name in COPIED:
-            if (source / name).is_file() and name != checkpoint.OURS:
-                shutil.copyfile(source / name, made / name)
+        keys = checkpoint.label_keys(names) if names else {}
+        checkpoint.write(made, spec, params, DTYPES[dtype], keys, source)
+        copy_beside(source, made)
         held = layout(checkpoint.read_spec(made)).params
         parts = {"head": "head.", "adapters": "h.", "exits": "exit."}
         beside = tuple(part for part, start in parts.items() if any(n.startswith(start) for n in params.keys() - held))
@@ -54,7 +52,7 @@ def export(run: Path, out: Path, dtype: str = "float32", force: bool = False) ->
             folder=out,
             architecture=hf.architecture(made),
             dtype=dtype,
-            labels=labels,
+            labels=names,
             beside=beside,
             adapter=_adapter(made / "adapter", run, experiment, source, spec),
         )

@@ -17,14 +17,13 @@ from lamina import files, hf, tokens, weights
 from lamina.errors import UserError
 from lamina.spec import Spec, layout
 
-COPIED = (
+BESIDE = (
     *tokens.FILES,
     *("added_tokens.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
-    hf.OURS,
 )
-"""Files that go along where they are there, beside config.json and the weights."""
+"""Files that go along with a network where they are there, beside its config.json and its weights."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,15 @@ def bring(source: Path, target: Path, force: bool = False) -> Imported:
     tied = spec.causal and not spec.labels and "lm_head.weight" not in used
     held = layout(spec)
     parameters = sum(held.numel(name) for name in held.params if name != "head.weight" or not tied)
-    copied = [hf.CONFIG, hf.WEIGHTS, *(name for name in COPIED if (source / name).is_file())]
+    copied = [hf.CONFIG, hf.WEIGHTS, *(name for name in (*BESIDE, hf.OURS) if (source / name).is_file())]
     with files.new_folder(target, hf.CONFIG if force else None) as made:
         if (source / hf.WEIGHTS).is_file():
             shutil.copyfile(source / hf.WEIGHTS, made / hf.WEIGHTS)
         else:
             weights.merge(found, made / hf.WEIGHTS)
-        for name in copied:
-            if name != hf.WEIGHTS:
+        copy_beside(source, made)
+        for name in (hf.CONFIG, hf.OURS):
+            if name in copied:
                 shutil.copyfile(source / name, made / name)
         size = (made / hf.WEIGHTS).stat().st_size
     return Imported(
@@ -126,6 +126,13 @@ def bring(source: Path, target: Path, force: bool = False) -> Imported:
         unused=tuple(sorted(found.keys() - used.keys())),
         copied=tuple(copied),
     )
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy what goes along with the network in a folder: tokenizer, statistics of pixels, licence."""
+    for name in BESIDE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _tokenizer(spec: Spec, folder: Path) -> str:

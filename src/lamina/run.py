@@ -27,10 +27,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from lamina import __version__, checkpoint, config, files, model, networks, tables
+from lamina import __version__, checkpoint, config, files, imports, model, networks, tables
 from lamina.config import Experiment
 from lamina.data.task import Task
-from lamina.data.text import ALPHABET
 from lamina.engines import Engine
 from lamina.engines.local import LocalEngine
 from lamina.errors import UserError
@@ -208,12 +207,9 @@ class Run:
 
     def _finish(self, tick: float) -> dict[str, Any]:
         assert self.before is not None and self.after is not None
-        checkpoint.write(
-            self.folder / "model",
-            *self.deployed(),
-            torch.float32,
-            {"alphabet": ALPHABET},
-        )
+        names = checkpoint.label_keys(self.task.labels) if self.task.labels else {}
+        checkpoint.write(self.folder / "model", *self.deployed(), torch.float32, names, self.outlook.folder)
+        imports.copy_beside(self.outlook.folder, self.folder / "model")
         self.seconds += time.perf_counter() - tick
         summary = self.summary()
         files.write(self.folder / "report.md", tables.markdown(summary, self._coverage()))

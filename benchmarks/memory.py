@@ -3,8 +3,9 @@
     python benchmarks/memory.py benchmarks/memory.json
 
 Every combination of GRID is one cell; its levers and its optimizer are drawn, so that each meets each of the others
-many times. A second grid, OTHER, has shapes that the first has not. A cell runs two real steps on random weights and
-tokens in this process and watches every tensor that torch makes. The same command goes on after a stop.
+many times. A second grid, OTHER, has shapes that the first has not, and a third networks of all FAMILIES. A cell runs
+two real steps on random weights and examples in this process and watches every tensor that torch makes. The same
+command goes on after a stop.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,6 +50,35 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "method": ("caff", "lora", "fedavg"),
     "trained": ("one", "half", "all"),
 }
+TEXT: dict[str, Any] = {"norm_eps": 1e-12, "act": "gelu", "causal": False, "post_norm": True, "embed_norm": True}
+TEXT |= {"final_norm": False, "labels": 20, "pool": "first", "pooler": "tanh", "head_bias": True}
+IMAGE: dict[str, Any] = {"vocab": 0, "act": "gelu", "causal": False, "patch": 4, "leads": 1, "labels": 20}
+IMAGE |= {"pool": "first", "head_bias": True}
+GATED: dict[str, Any] = {"norm": "rms", "act": "silu", "gated": True, "biases": (), "rotary": 1e4, "kv_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2, classes": {"labels": 20, "pool": "last"},
+    "bert": TEXT | {"types": 2},
+    "roberta": TEXT | {"types": 1, "first_position": 2},
+    "distilbert": TEXT | {"pooler": "relu"},
+    "minilm": TEXT | {"types": 2, "pool": "mean", "pooler": ""},
+    "vit": IMAGE,
+    "deit": IMAGE | {"leads": 2},
+    "dinov2": IMAGE | {"registers": 4, "layer_scale": True, "pool": "first_mean"},
+    "llama": GATED,
+    "qwen2": GATED | {"biases": ("attn.q", "attn.k", "attn.v")},
+    "qwen3": GATED | {"qk_norm": True},
+}
+FAMILY_GRID: dict[str, tuple[Any, ...]] = {
+    "family": tuple(FAMILIES),
+    "embed": (96,),
+    "depth": (4,),
+    "tokens": (64, 256),
+    "batch": (1, 16),
+    "vocabulary": (1000,),
+    "method": ("caff", "lora", "fedavg"),
+    "trained": ("one", "half", "all"),
+}
+GRIDS = {"grid": GRID, "other": OTHER, "families": FAMILY_GRID}
 EXACT = {"chunked_loss": True, "fused_update": True, "prefix_cache": "disk", "recompute": True}
 LEVERS: tuple[dict[str, Any], ...] = (
     {},
@@ -92,7 +123,7 @@ def main() -> None:
 def wanted() -> list[dict[str, Any]]:
     """The settings of all cells."""
     found = []
-    for grid in (GRID, OTHER):
+    for name, grid in GRIDS.items():
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             if settings["method"] == "fedavg" and settings["trained"] != "all":
@@ -100,7 +131,7 @@ def wanted() -> list[dict[str, Any]]:
             rng = generator("memory", *values)
             settings["levers"] = LEVERS[rng.integers(len(LEVERS))]
             settings["optimizer"] = OPTIMIZERS[rng.integers(len(OPTIMIZERS))]
-            settings["grid"] = "other" if grid is OTHER else "grid"
+            settings["grid"] = name
             found.append(settings)
     return sorted(found, key=lambda each: each["tokens"] * each["batch"] * each["vocabulary"])  # the long ones last
 
@@ -108,7 +139,7 @@ def wanted() -> list[dict[str, Any]]:
 def write(path: Path, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Write cells and their summary; returns the summary."""
     summary = {}
-    for grid in ("grid", "other"):
+    for grid in GRIDS:
         found = [cell for cell in cells if cell["settings"]["grid"] == grid]
         errors = [cell["predicted_bytes"] / cell["measured_bytes"] - 1 for cell in found]
         summary[grid] = {
@@ -121,13 +152,21 @@ def write(path: Path, cells: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def network(settings: dict[str, Any]) -> Spec:
+    """The plain network of a cell: GPT-2, or one of FAMILIES, whose images have as many patches as others tokens."""
+    depth, embed, tokens = (settings[key] for key in ("depth", "embed", "tokens"))
+    heads, fields = max(1, embed // 16), FAMILIES.get(settings.get("family", ""), {})
+    plain = Spec(depth, embed, heads, embed // heads, 4 * embed, settings["vocabulary"], tokens)
+    spec = replace(plain, **fields)
+    side = math.isqrt(tokens) * spec.patch
+    return replace(spec, positions=tokens + spec.leads + spec.first_position, image=side)
+
+
 def plan_of(settings: dict[str, Any]) -> tuple[Spec, Plan, Local]:
     """The network, the plan with its levers, and the local settings of a cell."""
     s = settings
     chosen = METHODS[s["method"]](**({"depth": "budget"} if s["method"] == "lora" else {}))
-    heads = max(1, s["embed"] // 16)
-    plain = Spec(s["depth"], s["embed"], heads, s["embed"] // heads, 4 * s["embed"], s["vocabulary"], s["tokens"])
-    spec = chosen.adapt(plain)
+    spec = chosen.adapt(network(s))
     layout = model.layout(spec)
     blocks = {"one": 1, "half": s["depth"] // 2, "all": s["depth"]}[s["trained"]]
     plan = next(p for p in chosen.plans(spec, Turn(0, 0, 1), {}) if p.trained_blocks(layout) == blocks)

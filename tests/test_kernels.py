@@ -58,7 +58,7 @@ def rms_formula(x: Tensor, weight: Tensor) -> Tensor:
 
 def rotate_formula(x_BSE: Tensor, heads: int) -> Tensor:
     """As a product of complex numbers."""
-    halves = x_BSE.unflatten(-1, (heads, 2, -1))
+    halves = x_BSE.view(BATCH, TOKENS, heads, 2, -1)
     turning = torch.complex(halves[..., 0, :], halves[..., 1, :])
     half = turning.shape[-1]
     angles = torch.arange(TOKENS).double()[:, None] * THETA ** (-torch.arange(half).double() / half)
@@ -86,12 +86,12 @@ def attention_formula(
 
 
 def attention(heads: int, key_heads: int, causal: bool = True, ragged: bool = False) -> Kernel:
-    def call(ops: Ops, *qkv: Tensor) -> Tensor:
+    def call(ops: Ops, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         hides = ops.hides(ops.tensor(LENGTHS), TOKENS) if ragged else None
-        return ops.attention(*qkv, heads, causal, hides)
+        return ops.attention(q, k, v, heads, causal, hides)
 
-    def formula(*qkv: Tensor) -> Tensor:
-        return attention_formula(*qkv, heads, causal, INSIDE if ragged else None)
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_formula(q, k, v, heads, causal, INSIDE if ragged else None)
 
     q, kv = (BATCH, TOKENS, 4 * heads), (BATCH, TOKENS, 4 * key_heads)
     return Kernel(call, formula, [q, kv, kv], 3)
@@ -124,7 +124,7 @@ def embed(types: bool, first: int, positions: bool = True) -> Kernel:
 
     def formula(*tables: Tensor) -> Tensor:
         tokens, places, kinds = pick(tables)
-        found = tokens[torch.from_numpy(IDS)]
+        found: Tensor = tokens[torch.from_numpy(IDS)]
         found = found + places[first : first + TOKENS] if positions else found
         return found + kinds[0] if types else found
 
@@ -341,7 +341,7 @@ def test_products_of_a_kernel_are_those_torch_counts(name: str) -> None:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             out = kernel.call(TORCH, *given)
             if any(needs):
-                out.sum().backward()
+                out.sum().backward()  # type: ignore[no-untyped-call]
         assert sum(predicted(kernel, needs)[1].flops.values()) == counter.get_total_flops()
 
 
@@ -380,8 +380,8 @@ def test_rows_that_are_hidden_get_no_gradient_and_give_none() -> None:
     q, k, v = (p.requires_grad_() for p in drawn(KERNELS["attention, ragged"], torch.float32))
     hides = TORCH.hides(torch.from_numpy(LENGTHS), TOKENS)
     out = TORCH.attention(q, k, v, 4, False, hides)
-    other = [torch.where(INSIDE[..., None], p, 1e3) for p in (k, v)]
-    torch.testing.assert_close(TORCH.attention(q, *other, 4, False, hides), out)
+    other_k, other_v = (torch.where(INSIDE[..., None], p, 1e3) for p in (k, v))
+    torch.testing.assert_close(TORCH.attention(q, other_k, other_v, 4, False, hides), out)
     out.square().sum().backward()  # type: ignore[no-untyped-call]
     for p in (k, v):
         assert p.grad is not None and p.grad.isfinite().all()
@@ -413,13 +413,15 @@ def test_the_loss_of_a_head_with_a_bias_is_the_formula(mask: int, labels: Tensor
                 torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-13)
 
 
+def packed(p: Tensor, bits: int) -> Packed:
+    return pack(p.shape, bits, lambda rows: p[rows.start : rows.stop].clone())
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("name", ["embed, second position", "embed, rotary", "patches", "patches, leads and registers"])
 def test_packed_tables_are_those_they_unpack_to(name: str, bits: int) -> None:
     kernel = KERNELS[name]
-    small: list[Any] = [
-        p if p.dim() == 1 else pack(p.shape, bits, lambda rows, p=p: p[rows.start : rows.stop].clone())
-        for p in drawn(kernel, torch.float32)
-    ]
+    tensors = drawn(kernel, torch.float32)
+    small: list[Any] = [p if p.dim() == 1 else packed(p, bits) for p in tensors]
     whole = [each.unpack() if isinstance(each, Packed) else each for each in small]
     assert torch.equal(kernel.call(TORCH, *small), kernel.call(TORCH, *whole))

@@ -230,7 +230,7 @@ def test_a_state_of_another_recipe_is_refused(job: PretrainImages, sheets: Path,
         labels = np.load(f"{sheets}_val_labels.npy")
         np.save(f"{sheets}_val_labels.npy", (labels + 1) % len(NAMES))
     else:
-        job = replace(job, **{what: {"patch": 8, "augment": False}[what]})
+        job = replace(job, patch=8) if what == "patch" else replace(job, augment=False)
     with pytest.raises(UserError, match=r"vit-1 was made by another recipe; move the folder away"):
         next(pretrain(job))
 

@@ -20,6 +20,7 @@ from lamina.spec import Spec, layout
 BESIDE = (
     *tokens.FILES,
     *("added_tokens.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    "1_Pooling/config.json",  # how a sentence transformer pools
     *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
 )
@@ -132,6 +133,7 @@ def copy_beside(source: Path, target: Path) -> None:
     """Copy what goes along with the network in a folder: tokenizer, statistics of pixels, licence."""
     for name in BESIDE:
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 

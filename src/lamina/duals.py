@@ -109,7 +109,7 @@ class Duals(Ops):
         tangent = self._ops.compute(
             lambda: tangents.patches(pixels_BCYX, value.shape, (leading, others), moved),
             value.shape,
-            maps * max(number * width, number * (inputs + width) - value.numel()),
+            maps * number // batch * inputs,
             maps * 2 * number * inputs * width,
         )
         return _dual(value, tangent)

@@ -41,13 +41,11 @@ def patches(
         dtables: Tangents of weight, bias, positions, leads and registers.
     """
     dweight, dbias, dpositions, dleads, dregisters = dtables
-    mapped: Tensor | None = None
-    if dweight is not None:
-        mapped = F.linear(unfolded(pixels_BCYX, dweight.shape[-1]), dweight.flatten(1))
     out_BSD = _zeros(shape, *dtables)
     at_leads, at_registers, at_patches = out_BSD.tensor_split([counts[0], sum(counts)], 1)
-    if mapped is not None:
-        at_patches.copy_(mapped)
+    if dweight is not None:
+        for pixels_CYX, patches_ND in zip(pixels_BCYX, at_patches, strict=True):
+            torch.mm(unfolded(pixels_CYX, dweight.shape[-1]), dweight.flatten(1).T, out=patches_ND)
     if dbias is not None:
         at_patches.add_(dbias)
     if dpositions is not None:

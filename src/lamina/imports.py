@@ -22,6 +22,7 @@ BESIDE = (
     *("added_tokens.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     "1_Pooling/config.json",  # how a sentence transformer pools
     *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
+    *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
 )
 """Files that go along with a network where they are there, beside its config.json and its weights."""

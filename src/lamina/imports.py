@@ -20,7 +20,6 @@ from lamina.spec import Spec, layout
 BESIDE = (
     *tokens.FILES,
     *("added_tokens.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    "1_Pooling/config.json",  # how a sentence transformer pools
     *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
     *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),

@@ -1,4 +1,4 @@
-"""Time and memory of `lamina import`, of loading, and of planning without weights, on networks of about 100 MB and more.
+"""Time and memory of `lamina import`, of loading, and of reading sizes alone, on networks of about 100 MB and more.
 
     python benchmarks/import.py benchmarks/import.json [NAME=FOLDER ...]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/inexact.py benchmarks/inexact.json
 
-Accuracy on held-out text before and after, as in summary.json. The learning rate is the demo's throughout. The same
+Accuracy on held-out examples before and after, as in summary.json. The learning rate is the demo's throughout. The same
 command goes on after a stop.
 """
 

@@ -1,11 +1,12 @@
 """Predicted against measured peak of live tensor bytes, over a grid of networks, plans, levers and settings.
 
     python benchmarks/memory.py benchmarks/memory.json
+    python benchmarks/memory.py benchmarks/memory_families.json --grid families
 
 Every combination of GRID is one cell; its levers and its optimizer are drawn, so that each meets each of the others
-many times. A second grid, OTHER, has shapes that the first has not, and a third networks of all FAMILIES. A cell runs
-two real steps on random weights and examples in this process and watches every tensor that torch makes. The same
-command goes on after a stop.
+many times. A second grid, OTHER, has shapes that the first has not. A grid of its own has networks of all FAMILIES. A
+cell runs two real steps on random weights and examples in this process and watches every tensor that torch makes. The
+same command goes on after a stop.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -73,12 +75,13 @@ FAMILY_GRID: dict[str, tuple[Any, ...]] = {
     "embed": (96,),
     "depth": (4,),
     "tokens": (64, 256),
-    "batch": (1, 16),
+    "batch": (1,),
     "vocabulary": (1000,),
     "method": ("caff", "lora", "fedavg"),
     "trained": ("one", "half", "all"),
 }
 GRIDS = {"grid": GRID, "other": OTHER, "families": FAMILY_GRID}
+PLAIN = ("grid", "other")
 EXACT = {"chunked_loss": True, "fused_update": True, "prefix_cache": "disk", "recompute": True}
 LEVERS: tuple[dict[str, Any], ...] = (
     {},
@@ -106,12 +109,14 @@ def main() -> None:
     """Measure all cells and write them."""
     parser = argparse.ArgumentParser(description="Predicted against measured peaks.")
     parser.add_argument("path", type=Path)
-    path = parser.parse_args().path
+    parser.add_argument("--grid", choices=list(GRIDS), action="append", help="by default all of GPT-2")
+    arguments = parser.parse_args()
+    path, grids = arguments.path, arguments.grid or PLAIN
     torch.set_num_threads(1)
     cells = json.loads(path.read_text())["cells"] if path.exists() else []
     done = {json.dumps(cell["settings"]) for cell in cells}
     last = time.monotonic()
-    for settings in wanted():
+    for settings in wanted(grids):
         if json.dumps(settings) not in done:
             cells.append(cell(settings))
             if time.monotonic() - last > 20:
@@ -120,10 +125,11 @@ def main() -> None:
     print(json.dumps(write(path, cells), indent=1))
 
 
-def wanted() -> list[dict[str, Any]]:
-    """The settings of all cells."""
+def wanted(grids: Sequence[str] = PLAIN) -> list[dict[str, Any]]:
+    """The settings of all cells of some grids."""
     found = []
-    for name, grid in GRIDS.items():
+    for name in grids:
+        grid = GRIDS[name]
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             if settings["method"] == "fedavg" and settings["trained"] != "all":
@@ -139,7 +145,7 @@ def wanted() -> list[dict[str, Any]]:
 def write(path: Path, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Write cells and their summary; returns the summary."""
     summary = {}
-    for grid in GRIDS:
+    for grid in dict.fromkeys(cell["settings"]["grid"] for cell in cells):
         found = [cell for cell in cells if cell["settings"]["grid"] == grid]
         errors = [cell["predicted_bytes"] / cell["measured_bytes"] - 1 for cell in found]
         summary[grid] = {

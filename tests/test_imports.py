@@ -45,13 +45,17 @@ def source(tmp_path: Path) -> Path:
     for name in ("optimizer.bin", "training_args.bin", "README.md"):
         (folder / name).write_bytes(b"\x80")
     (folder / "generation_config.json").write_text("{}")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     return folder
 
 
 def test_the_network_is_copied_bit_for_bit(source: Path, tmp_path: Path) -> None:
     found = imports.bring(source, tmp_path / "networks" / "mine")
-    assert sorted(path.name for path in found.folder.iterdir()) == sorted(found.copied)
-    assert set(found.copied) == {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
+    there = (path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if path.is_file())
+    assert sorted(there) == sorted(found.copied)
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "1_Pooling/config.json"}
+    assert set(found.copied) == wanted
     for name in found.copied:
         assert (found.folder / name).read_bytes() == (source / name).read_bytes()
     assert [path.name for path in found.folder.parent.iterdir()] == ["mine"]

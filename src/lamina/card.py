@@ -72,8 +72,8 @@ def page(done: Exported, spec: Spec, summary: Mapping[str, Any], characters: boo
     before, after = (accuracy[when]["mean_over_devices"] for when in ("before", "after"))
     devices = sum(each["devices"] for each in summary["classes"])
     about = (
-        f"{chosen}, finetuned by {devices} devices in {summary['totals']['rounds']} rounds of `{summary['method']}`, "
-        f"without their data leaving them. Accuracy, mean over devices: {before:.1%} before, {after:.1%} after."
+        f"{chosen}, finetuned by {devices} simulated devices in {summary['totals']['rounds']} rounds of "
+        f"`{summary['method']}`. Accuracy, mean over devices: {before:.1%} before, {after:.1%} after."
     )
     code = _head_code(done, spec) if "head" in done.beside else _code(done, spec, characters)
     parts = [about, "## How to load it", "```python\n" + "\n".join(code) + "\n```", *_notes(done)]

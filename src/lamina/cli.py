@@ -76,6 +76,8 @@ def _play(current: Run, view: View) -> dict[str, Any]:
     view.table(tables.networks(current.outlook.network_json()))
     for table in tables.of_classes(current.outlook.classes_json()):
         view.table(table)
+    for note in current.task.notes:
+        view.say(f"note: {note}")
     view.say(f"run folder {current.folder}")
     classes = [group.name for group in current.outlook.groups]
     try:
@@ -124,6 +126,8 @@ def plan(
     shown = [tables.networks(network), *tables.of_classes(classes), tables.memory(classes)]
     for table in [*shown, *drawn(found, view.console.width)] if found else shown:
         view.table(table)
+    for note in task.notes if task else ():
+        view.say(f"note: {note}")
 
 
 def _explain(experiment: Experiment, outlook: Outlook, name: str, as_json: bool) -> None:

@@ -104,13 +104,13 @@ class Duals(Ops):
             return value
         batch, length, width = value.shape
         leading, others = (0 if each is None else each.shape[0] for each in tables[3:])
-        number, inputs = batch * (length - leading - others), weight.numel() // width
+        number, inputs = length - leading - others, weight.numel() // width
         maps = moved[0] is not None
         tangent = self._ops.compute(
             lambda: tangents.patches(pixels_BCYX, value.shape, (leading, others), moved),
             value.shape,
-            maps * max(number * width, number * (inputs + width) - value.numel()),
-            maps * 2 * number * inputs * width,
+            maps * number * inputs,
+            maps * 2 * batch * number * inputs * width,
         )
         return _dual(value, tangent)
 

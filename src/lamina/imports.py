@@ -21,6 +21,7 @@ BESIDE = (
     *tokens.FILES,
     *("added_tokens.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
+    *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
 )
 """Files that go along with a network where they are there, beside its config.json and its weights."""
@@ -132,6 +133,7 @@ def copy_beside(source: Path, target: Path) -> None:
     """Copy what goes along with the network in a folder: tokenizer, statistics of pixels, licence."""
     for name in BESIDE:
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 

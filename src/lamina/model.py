@@ -283,7 +283,7 @@ def _block(
         y_BSD = _adapted(spec, params, y_BSD, f"h.{i}.adapter{place}", ops)
         if spec.layer_scale:
             scale = params[f"h.{i}.scale{place}"]
-            y_BSD = _apart(y_BSD, spec.embed, lambda y: ops.multiply(y, scale))
+            y_BSD = _apart(y_BSD, scale.shape[0], lambda y: ops.multiply(y, scale))
         x_BSD = ops.add(x_BSD, y_BSD)
         return norm(x_BSD, place) if spec.post_norm else x_BSD
 

@@ -122,7 +122,7 @@ class Spec:
         final_norm: Whether there is a norm before the head.
         embed_norm: Whether there is one after the embedding.
         act: Activation of the feed-forward part.
-        gated: Whether that is down(act(gate x) * up x) (Shazeer 2020).
+        gated: Whether that is down(silu(gate x) * up x) (Shazeer 2020), whatever `act` says.
         biases: Which of `LINEARS` have a bias.
         causal: Whether a token sees only those before it.
         rotary: Base of rotary positions (Su et al. 2021), which then stand in the place of the table; 0: none.

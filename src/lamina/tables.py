@@ -166,7 +166,7 @@ def outcome(summary: Mapping[str, Any]) -> Table:
         gained = scores(row["accuracy"], "mean_over_devices") if row["accuracy"] else ("", "", "")
         rows.append((row["name"], *held, *gained))
     head = ("devices", "trains blocks", "number", "sat out", "memory", "before", "after", "gain")
-    title = "Accuracy on held-out text (of a class: mean over its devices)"
+    title = "Accuracy on held-out examples (of a class: mean over its devices)"
     if own:
         title += "; * finetuned by each device for itself in the end, beyond its budget"
     return Table(title, head, rows, left=2)

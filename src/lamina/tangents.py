@@ -32,7 +32,7 @@ def embed(
 def patches(
     pixels_BCYX: Tensor, shape: Sequence[int], counts: tuple[int, int], dtables: Sequence[Tensor | None]
 ) -> Tensor:
-    """The same map, of this shape.
+    """The same map, of this shape, one image after another.
 
     Args:
         pixels_BCYX: Images.
@@ -41,13 +41,11 @@ def patches(
         dtables: Tangents of weight, bias, positions, leads and registers.
     """
     dweight, dbias, dpositions, dleads, dregisters = dtables
-    mapped: Tensor | None = None
-    if dweight is not None:
-        mapped = F.linear(unfolded(pixels_BCYX, dweight.shape[-1]), dweight.flatten(1))
     out_BSD = _zeros(shape, *dtables)
     at_leads, at_registers, at_patches = out_BSD.tensor_split([counts[0], sum(counts)], 1)
-    if mapped is not None:
-        at_patches.copy_(mapped)
+    if dweight is not None:
+        for pixels_CYX, at_SD in zip(pixels_BCYX, at_patches, strict=True):
+            torch.addmm(at_SD, unfolded(pixels_CYX, dweight.shape[-1]), dweight.flatten(1).T, out=at_SD)
     if dbias is not None:
         at_patches.add_(dbias)
     if dpositions is not None:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from lamina.errors import UserError
 from lamina.units import human
@@ -187,6 +185,9 @@ def resize(images: np.ndarray, side: int) -> np.ndarray:
     squares = images[:, top : top + short, left : left + short]
     if short == side:
         return squares
+    import torch  # here, so that what only looks at a folder does without
+    import torch.nn.functional as F
+
     pixels = torch.from_numpy(np.array(squares)).permute(0, 3, 1, 2)
     resized: np.ndarray = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).numpy()
     return resized.transpose(0, 2, 3, 1)

@@ -152,7 +152,7 @@ def test_a_run_as_a_folder(tmp_path: Path) -> None:
         *("LICENSE", "README.md", "config.json", "model.safetensors")
     ]
     said = (tmp_path / "out" / "README.md").read_text()
-    for part in ("base_model: tiny-2", "1 rounds of `fedavg`", "## Device classes", "| all, mean over devices |", "up"):
+    for part in ("base_model: tiny-2", "1 round of `fedavg`", "## Device classes", "| all, mean over devices |", "up"):
         assert part in said
     again = checkpoint.load(tmp_path / "out")[1]
     assert all(torch.equal(again[name], params[name]) for name in params)

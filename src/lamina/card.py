@@ -71,8 +71,9 @@ def page(done: Exported, spec: Spec, summary: Mapping[str, Any], characters: boo
     chosen, accuracy = summary["network"]["chosen"], summary["accuracy"]
     before, after = (accuracy[when]["mean_over_devices"] for when in ("before", "after"))
     devices = sum(each["devices"] for each in summary["classes"])
+    rounds = summary["totals"]["rounds"]
     about = (
-        f"{chosen}, finetuned by {devices} simulated devices in {summary['totals']['rounds']} rounds of "
+        f"{chosen}, finetuned by {devices} simulated devices in {rounds} round{'s' * (rounds != 1)} of "
         f"`{summary['method']}`. Accuracy, mean over devices: {before:.1%} before, {after:.1%} after."
     )
     code = _head_code(done, spec) if "head" in done.beside else _code(done, spec, characters)

@@ -74,7 +74,11 @@ def _summary(run: Path) -> dict[str, Any]:
 
 def _source(experiment: Experiment, chosen: str) -> Path:
     """Folder of the network that the run began with."""
-    return next(folder for folder in map(networks.find, experiment.networks) if folder.name == chosen)
+    for folder in map(networks.find, experiment.networks):
+        if folder.name == chosen:
+            return folder
+    named = ", ".join(experiment.networks)
+    raise UserError(f"the run began with network {chosen}, which its config.toml does not name: it names {named}")
 
 
 def _adapter(folder: Path, run: Path, experiment: Experiment, source: Path, spec: Spec) -> bool | str:

@@ -28,6 +28,7 @@ class Axes:
         scale: What the score is multiplied by.
         digits: After the point, in labels.
         most: Scores above it are left out.
+        beside: Pixels from the end of a line down to its label: below where lines fall, above where they rise.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Axes:
     scale: float
     digits: int
     most: float
+    beside: int
 
 
 TEXT = Axes(
@@ -47,6 +49,7 @@ TEXT = Axes(
     scale=1,
     digits=3,
     most=1.7,
+    beside=18,
 )
 IMAGES = Axes(
     title="Top-1 on validation images, %",
@@ -56,6 +59,7 @@ IMAGES = Axes(
     scale=100,
     digits=1,
     most=100,
+    beside=-8,
 )
 
 
@@ -108,7 +112,9 @@ def draw(runs: list[dict]) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points if point[1] <= high))
         x, y = place(*points[-1])
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{x - 4:.1f}" y="{y + 18:.1f}" fill="{colour}" text-anchor="middle">{label}</text>')
+        parts.append(
+            f'<text x="{x - 4:.1f}" y="{y + axes.beside:.1f}" fill="{colour}" text-anchor="middle">{label}</text>'
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -538,6 +538,26 @@ def test_a_head_that_no_class_has_goes_beside(tmp_path: Path) -> None:
             checkpoint.load_whole(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("name", "wrapped", "written"),
+    [
+        ("bert", "BertForPreTraining", "BertForSequenceClassification"),
+        ("vit", "ViTForMaskedImageModeling", "ViTForImageClassification"),
+    ],
+)
+def test_with_a_new_head_the_old_one_stays_behind(name: str, wrapped: str, written: str, tmp_path: Path) -> None:
+    """What else the base model has goes along."""
+    cls = getattr(transformers, wrapped)
+    cls(cls.config_class(**CASES[name][1])).save_pretrained(tmp_path / "a")
+    found, params = checkpoint.load(tmp_path / "a")
+    spec = replace(found, labels=4, pool="first", head_bias=True)
+    params |= {"head.weight": torch.ones(4, spec.embed), "head.bias": torch.ones(4)}
+    checkpoint.write(tmp_path / "b", spec, params, torch.float32, {}, tmp_path / "a")
+    before, after = (set(load_file(tmp_path / each / "model.safetensors")) for each in "ab")
+    assert config_of(tmp_path / "b")["architectures"] == [written]
+    assert after == {each for each in before if each.startswith(f"{name}.")} | {"classifier.weight", "classifier.bias"}
+
+
 def test_what_no_family_has_is_refused() -> None:
     with pytest.raises(UserError, match=r"^no family of transformers has such a network: .*qk_norm = True"):
         express(replace(Spec(2, 12, 3, 4, 14, 31, 20), qk_norm=True), {})

@@ -1,11 +1,12 @@
 """Accuracy against a count, one window and one character at a time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from specs import SPECS
 from support import spec, weights
 
 from lamina import metrics, model
@@ -95,3 +96,43 @@ def test_evaluation_keeps_no_gradients(params: Params) -> None:
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     evaluate(spec(2), leaves, SHARDS, 4, workers=2)
     assert all(leaf.grad is None for leaf in leaves.values())
+
+
+class Texts(Noise):
+    """Texts of one to nine characters with a class each; a batch is as wide as its longest."""
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        drawn = generator("texts", self.seed).integers(0, 9, (self.windows, 11))[rows]
+        lengths = 1 + drawn[:, :1]
+        ids = np.where(np.arange(lengths.max(initial=1)) < lengths, drawn[:, : lengths.max(initial=1)], -1)
+        return ids, drawn[:, 9:10] % 3
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2, classes"])
+def test_texts_of_other_devices_change_no_answer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where devices share a batch, shorter texts are made longer: what is added counts for nothing."""
+    network = replace(SPECS[family], labels=3)
+    params = weights(network, seed=3)
+    params["head.weight"] = params["head.weight"] * 50
+    shards = [Texts(seed, count) for seed, count in enumerate((3, 0, 25, 9))]
+    alone = []
+    for shard in shards:
+        rows = (shard.batch(np.array([row])) for row in range(len(shard)))
+        pairs = [(model.forward(network, params, model.batch(network, ids)), labels) for ids, labels in rows]
+        alone.append(sum(int(logits.argmax()) == labels.item() for logits, labels in pairs))
+    for batch in (4, 128):
+        monkeypatch.setattr(metrics, "_BATCH", batch)
+        score = evaluate(network, params, shards, 1)
+        assert score.correct.tolist() == alone and score.total.tolist() == [3, 0, 25, 9]
+    assert 0 < sum(alone) < 37
+
+
+def test_devices_without_test_examples_have_no_say() -> None:
+    nothing = evaluate(spec(2), weights(spec(2)), [Noise(0, 0)], 4)
+    assert nothing.correct.tolist() == nothing.total.tolist() == [0]
+    score = Score(np.array([1, 0, 3]), np.array([2, 0, 4]))
+    assert score.accuracy() == {
+        "mean_over_devices": 0.625,
+        "weighted": pytest.approx(4 / 6),
+        "p10": pytest.approx(0.525),
+    }

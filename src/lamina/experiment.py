@@ -13,6 +13,7 @@ from lamina.errors import UserError
 from lamina.fleet import Budget, assign
 from lamina.plan import Plan
 from lamina.planner import Candidate, Fleet, Group, assess, choose_network, fit
+from lamina.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def load_task(experiment: Experiment) -> Task:
     Raises:
         UserError: The data cannot be used, or the networks do not read it alike.
     """
-    folders = [networks.find(name) for name in experiment.networks]
+    folders = list(_fitted(experiment))
     digests = [experiment.task.reads(folder) for folder in folders]
     for folder, digest in zip(folders, digests, strict=True):
         if digest != digests[0]:
@@ -85,7 +86,16 @@ def load_task(experiment: Experiment) -> Task:
                 "statistics of pixels), so one cannot stand for the other: name networks of one family"
             )
     class_of = assign(experiment.fleet, experiment.task.device_count(), experiment.seed)
-    return experiment.task.load(experiment.seed, class_of, folders[0])
+    task = experiment.task.load(experiment.seed, class_of, folders[0])
+    if not any(map(len, task.test)):
+        raise UserError("no device has a test example, so nothing can be measured; see the test settings of [task]")
+    return task
+
+
+def _fitted(experiment: Experiment) -> dict[Path, Spec]:
+    """Folders of the candidate networks, each with the network as the task uses it."""
+    folders = map(networks.find, experiment.networks)
+    return {folder: experiment.task.fit(checkpoint.read_spec(folder), folder) for folder in folders}
 
 
 def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, Any] | None]:
@@ -122,10 +132,7 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
         steps = max(experiment.local.round_steps(len(shard)) for shard in (task or load_task(experiment)).train)
     tokens = experiment.task.window
     work = (experiment.local, tokens, steps, experiment.levers, experiment.rounds)
-    candidates = []
-    folders = [networks.find(name) for name in experiment.networks]
-    for folder in folders:
-        spec = experiment.task.fit(checkpoint.read_spec(folder), folder)
-        candidates.append(assess(experiment.method, folder.name, spec, groups, *work))
+    found = _fitted(experiment)
+    candidates = [assess(experiment.method, folder.name, spec, groups, *work) for folder, spec in found.items()]
     chosen = choose_network(experiment.method, candidates, groups, *work)
-    return Outlook(class_of, groups, tuple(candidates), chosen, folders[candidates.index(chosen)], steps)
+    return Outlook(class_of, groups, tuple(candidates), chosen, list(found)[candidates.index(chosen)], steps)

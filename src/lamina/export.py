@@ -32,13 +32,16 @@ def export(run: Path, out: Path, dtype: str = "float32", force: bool = False) ->
         force: Whether another network there is replaced.
 
     Raises:
-        UserError: The run is not finished or damaged, its network is gone, or values do not fit the type.
+        UserError: The run is not finished or damaged, its network is gone, no class of `transformers` has what it made,
+            or values do not fit the type.
     """
     if dtype not in DTYPES:
         raise UserError(f"no dtype {dtype!r}; {nearest(dtype, DTYPES)}")
     summary, experiment = _summary(run), config.load_experiment(run / "config.toml")
     source = _source(experiment, summary["network"]["chosen"])
     spec, params = checkpoint.load_whole(run / "model")
+    if spec.groups:
+        raise UserError(f"upper blocks in groups, as those of {run / 'model'}, are in no class of transformers")
     told = checkpoint.read_config(run / "model")
     names = class_names(told) if spec.labels else ()
     with files.new_folder(out, checkpoint.CONFIG if force else None) as made:

@@ -26,7 +26,11 @@ HEADLESS: dict[str, Any] = {"labels": 0, "pool": "", "pooler": "", "head_bias": 
 MOST = {"blocks": 1024}
 MOST_UNITS = 1 << 24
 """Accepted at most: blocks, and units of any other size. What asks for more is damaged, or malicious."""
-NEVER: dict[str, tuple[Any, Any]] = {"quantization_config": (None, None), "add_cross_attention": (False, False)}
+NEVER: dict[str, tuple[Any, Any]] = {
+    "quantization_config": (None, None),
+    "add_cross_attention": (False, False),
+    "pruned_heads": ({}, {}),
+}
 """What no family may have set: key -> (default, value)."""
 
 

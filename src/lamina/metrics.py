@@ -30,7 +30,7 @@ class Score:
     total: np.ndarray
 
     def accuracy(self) -> dict[str, float]:
-        """Over devices: plain mean, mean weighted by predictions, and 10th percentile (LEAF, Caldas et al. 2018)."""
+        """Over devices with test examples: plain mean, mean weighted by predictions, 10th percentile (LEAF, 2018)."""
         each = self.correct[self.total > 0] / self.total[self.total > 0]
         return {
             "mean_over_devices": float(each.mean()),
@@ -46,9 +46,11 @@ class Score:
 
 @torch.no_grad()
 def evaluate(spec: Spec, params: Params, shards: Sequence[Shard], scored: int, workers: int = 1) -> Score:
-    """Run the network over all test examples; the last `scored` positions of each count."""
+    """Run the network over all test examples, of which a device may have none; the last `scored` positions count."""
     rows = [(device, row) for device, shard in enumerate(shards) for row in range(len(shard))]
     chunks = [np.array(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
+    if not rows:
+        return Score(np.zeros(len(shards), np.int64), np.zeros(len(shards), np.int64))
 
     @torch.no_grad()
     def hits(chunk: np.ndarray) -> np.ndarray:

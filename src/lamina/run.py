@@ -222,7 +222,8 @@ class Run:
         classes = self.outlook.classes_json()
         for index, row in enumerate(classes):
             members = [d for d, group in enumerate(self.outlook.class_of) if group == index]
-            row["accuracy"] = _accuracies(self.before.of(members), self.after.of(members)) if members else None
+            tested = bool(self.after.total[members].any())
+            row["accuracy"] = _accuracies(self.before.of(members), self.after.of(members)) if tested else None
         totals = {"rounds": self.state.round, **self.state.totals, "seconds": round(self.seconds, 1)}
         return {
             "schema": SUMMARY_SCHEMA,

@@ -9,13 +9,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
 from lamina.data.task import TaskTable
 from lamina.errors import UserError, nearest
-from lamina.fleet import DeviceClass
+from lamina.fleet import DeviceClass, quantity
 from lamina.job import Local
 from lamina.levers import Allowed, rungs
 from lamina.methods import METHODS, Method
@@ -38,7 +38,14 @@ class Experiment:
         levers: Ways to save memory that the planner may use, where a plan would not fit without: "none", "exact" (those
             that leave the mathematics as it is), "all", or a list of names; see `docs/levers.md`.
         enforce: Whether each device computes in a process that gets no more memory than its budget, so that one that
-            needs more fails. For proof, not for speed; on Linux. Changes no result.
+            needs more fails. For proof, not for speed; on Linux. Computes as `engine = "serial"`.
+        engine: How devices are simulated: "serial", each as it would compute by itself, or "auto", those with equal
+            plans together and frozen prefixes once, which is faster and differs by rounding; see `docs/engines.md`.
+        precision: In which the simulation multiplies matrices, where `engine` is "auto". It is not what devices are
+            priced for.
+        prefix_ram: Memory in which `engine = "auto"` keeps outputs of frozen prefixes from round to round, such as
+            "1 GiB"; 0 keeps none.
+        prefix_disk: Room for what does not fit there, in a temporary file.
         networks: Candidate networks: names of the package's, or folders.
         task: The `[task]` table.
         method: The `[method]` table.
@@ -55,6 +62,10 @@ class Experiment:
     workers: int = 0
     levers: Allowed = "none"
     enforce: bool = False
+    engine: Literal["auto", "serial"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    prefix_ram: str | int = "1 GiB"
+    prefix_disk: str | int = "4 GiB"
     task: TaskTable = field(default_factory=Shakespeare)
     method: Method = field(default_factory=METHODS["caff"])
     local: Local = field(default_factory=Local)
@@ -75,6 +86,11 @@ class Experiment:
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         list(rungs(self.levers))
+        for key in ("prefix_ram", "prefix_disk"):
+            if getattr(self, key) != 0:
+                quantity(key, getattr(self, key))
+        if self.precision != "float32" and (self.enforce or self.engine != "auto"):
+            raise ValueError(f'precision = {self.precision!r} goes with engine = "auto", without enforce')
         if self.enforce and self.method.on_infeasible == "ignore":
             raise ValueError(
                 'enforce = true cannot go with method.on_infeasible = "ignore": no plan would keep its budget'

@@ -12,6 +12,7 @@ import torch
 from lamina import model
 from lamina.data.task import Shard
 from lamina.layout import Params
+from lamina.ops import TORCH, Ops
 from lamina.spec import Spec
 
 _BATCH = 128
@@ -45,7 +46,9 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(spec: Spec, params: Params, shards: Sequence[Shard], scored: int, workers: int = 1) -> Score:
+def evaluate(
+    spec: Spec, params: Params, shards: Sequence[Shard], scored: int, workers: int = 1, ops: Ops = TORCH
+) -> Score:
     """Run the network over all test examples, of which a device may have none; the last `scored` positions count."""
     rows = [(device, row) for device, shard in enumerate(shards) for row in range(len(shard))]
     chunks = [np.array(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
@@ -56,7 +59,7 @@ def evaluate(spec: Spec, params: Params, shards: Sequence[Shard], scored: int, w
     def hits(chunk: np.ndarray) -> np.ndarray:
         batches = [shards[device].batch(chunk[chunk[:, 0] == device, 1]) for device in np.unique(chunk[:, 0])]
         inputs, targets_BS = (_joined(part) for part in zip(*batches, strict=True))
-        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), last=scored)
+        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), ops, scored)
         right: np.ndarray = (logits_BSV.argmax(-1).numpy() == targets_BS[:, -scored:]).sum(1)
         return right
 

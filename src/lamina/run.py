@@ -32,15 +32,20 @@ from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.engines import Engine
 from lamina.engines.local import LocalEngine
+from lamina.engines.prefix import Prefixes
+from lamina.engines.stacked import StackedEngine
 from lamina.errors import UserError
 from lamina.experiment import Outlook, load_task, look_ahead
+from lamina.fleet import quantity
 from lamina.job import Turn
 from lamina.layout import Params
 from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
+from lamina.ops import TORCH
 from lamina.personal import personalise
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
+from lamina.stack import Stacked
 from lamina.state import State
 from lamina.turn import generator
 
@@ -89,6 +94,15 @@ class Run:
     after: Score | None = None
     own: Score | None = None
     seconds: float = 0.0
+    prefixes: Prefixes | None = None
+
+    @property
+    def _stacks(self) -> bool:
+        return self.experiment.engine == "auto" and not self.experiment.enforce
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.experiment.precision]
 
     @property
     def workers(self) -> int:
@@ -97,7 +111,8 @@ class Run:
 
     def score(self) -> Score:
         """Accuracy of the global network now."""
-        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers)
+        ops = Stacked(self._dtype) if self._stacks else TORCH
+        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers, ops)
 
     def deployed(self) -> tuple[Spec, Params]:
         """The network that the method hands out now."""
@@ -147,12 +162,18 @@ class Run:
         return personalise(*self.deployed(), self.task, local, turn, self.workers, on_progress)
 
     def _engine(self) -> Engine:
-        spec, shards, outlook = self.outlook.chosen.spec, self.task.train, self.outlook
-        if self.experiment.enforce:
+        experiment, spec, shards, outlook = self.experiment, self.outlook.chosen.spec, self.task.train, self.outlook
+        if experiment.enforce:
             from lamina.engines.enforced import EnforcedEngine
 
             budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
             return EnforcedEngine(spec, shards, budgets, min(self.workers, self.experiment.cohort))
+        if self._stacks:
+            ram_bytes, disk_bytes = (
+                each and quantity("bytes", each) for each in (experiment.prefix_ram, experiment.prefix_disk)
+            )
+            self.prefixes = Prefixes(int(ram_bytes), int(disk_bytes))
+            return StackedEngine(spec, shards, self.workers, self.prefixes, self._dtype)
         return LocalEngine(spec, shards, self.workers)
 
     def _evaluate_if_due(self) -> Score | None:
@@ -232,9 +253,20 @@ class Run:
             "accuracy": _accuracies(self.before, self.after),
             "personalised": self.own.accuracy() if self.own else None,
             "network": self.outlook.network_json(),
+            "engine": self._engine_json(),
             "classes": classes,
             "totals": totals,
             "folder": str(self.folder),
+        }
+
+    def _engine_json(self) -> dict[str, Any]:
+        """How the rounds were computed since the run was started, or resumed."""
+        kept, experiment = self.prefixes, self.experiment
+        blocks = kept.found + kept.made if kept else 0
+        return {
+            "name": experiment.engine if self._stacks or not experiment.enforce else "enforced",
+            "precision": experiment.precision,
+            "prefix_reused": kept.found / blocks if kept and blocks else None,
         }
 
     def _coverage(self) -> list[float]:

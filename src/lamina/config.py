@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from lamina.clock import Clock
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
 from lamina.data.task import TaskTable
@@ -20,8 +21,10 @@ from lamina.job import Local
 from lamina.levers import Allowed, rungs
 from lamina.methods import METHODS, Method
 from lamina.pretrain import Pretrain, PretrainImages, PretrainText
+from lamina.traces import Traces
 
 T = TypeVar("T")
+TRACES = "traces"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Experiment:
         task: The `[task]` table.
         method: The `[method]` table.
         local: The `[local]` table.
-        fleet: The `[[fleet]]` tables.
+        fleet: The `[[fleet]]` tables, or "traces", or the `[fleet]` table with that name.
+        clock: The `[clock]` table.
     """
 
     name: str
@@ -58,7 +62,8 @@ class Experiment:
     task: TaskTable = field(default_factory=Shakespeare)
     method: Method = field(default_factory=METHODS["caff"])
     local: Local = field(default_factory=Local)
-    fleet: tuple[DeviceClass, ...] = ()
+    fleet: tuple[DeviceClass, ...] | Traces = ()
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         """Check what types alone cannot.
@@ -81,15 +86,30 @@ class Experiment:
             )
         if not self.networks:
             raise ValueError("networks must name at least one network")
-        names = [each.name for each in self.fleet]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"[[fleet]] needs at least one class, each with a name of its own; got {names}")
+        self._check_fleet()
+
+    def _check_fleet(self) -> None:
+        timed = isinstance(self.fleet, Traces)
+        if not isinstance(self.fleet, Traces):
+            names = [each.name for each in self.fleet]
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"[[fleet]] needs at least one class, each with a name of its own; got {names}")
+            timed = any(each.speed or each.up_rate or each.down_rate for each in self.fleet)
+        if self.clock.needs_rates and not timed:
+            raise ValueError(
+                "clock.deadline, clock.over_selection and clock.availability need devices that take time: give classes "
+                'speed, up_rate or down_rate, or take fleet = "traces"'
+            )
+        if self.clock.min_updates > self.cohort:
+            raise ValueError(f"clock.min_updates = {self.clock.min_updates} is more than the cohort of {self.cohort}")
 
     def to_table(self) -> dict[str, Any]:
         """The TOML tables that make this experiment."""
         table = dataclasses.asdict(self)
         table["task"] = {"name": _name_of(TASKS, self.task)} | table["task"]
         table["method"] = {"name": _name_of(METHODS, self.method)} | table["method"]
+        if isinstance(self.fleet, Traces):
+            table["fleet"] = {"name": TRACES} | table["fleet"]
         return table
 
 
@@ -167,11 +187,19 @@ def experiment(table: Mapping[str, Any], where: str) -> Experiment:
     parts["task"] = _build_named(TASKS, {"name": "shakespeare"}, table.pop("task", {}), f"{where}: [task]")
     parts["method"] = _build_named(METHODS, {"name": "caff"}, table.pop("method", {}), f"{where}: [method]")
     parts["local"] = _build(Local, table.pop("local", {}), f"{where}: [local]")
-    fleet = table.pop("fleet", [])
-    if not isinstance(fleet, list | tuple):
-        raise UserError(f"{where}: fleet must be written as [[fleet]] tables, one per device class")
-    parts["fleet"] = tuple(_build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(fleet, 1))
+    parts["clock"] = _build(Clock, table.pop("clock", {}), f"{where}: [clock]")
+    parts["fleet"] = _fleet(table.pop("fleet", []), where)
     return _build(Experiment, table, where, parts)
+
+
+def _fleet(given: Any, where: str) -> tuple[DeviceClass, ...] | Traces:
+    """Device classes, or what stands in their place."""
+    if isinstance(given, list | tuple):
+        return tuple(_build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(given, 1))
+    table = {"name": given} if isinstance(given, str) else given
+    if not isinstance(table, Mapping) or table.get("name") != TRACES:
+        raise UserError(f'{where}: fleet must be written as [[fleet]] tables, one per device class, or be "{TRACES}"')
+    return _build_named({TRACES: Traces}, {}, table, f"{where}: [fleet]")
 
 
 def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Pretrain:

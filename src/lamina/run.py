@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from lamina import __version__, checkpoint, config, files, imports, model, networks, tables
+from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.engines import Engine
@@ -44,7 +45,7 @@ from lamina.spec import Spec
 from lamina.state import State
 from lamina.turn import generator
 
-SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/2"
+SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/3"
 _LINES = ("rounds.jsonl", "devices.jsonl")
 _BITS = ("lamina", "torch", "machine")
 
@@ -63,6 +64,7 @@ class RoundRow:
         down_bytes: Received by all.
         flops: Computed by all.
         seconds: Wall time, evaluation included.
+        clock_seconds: What the virtual clock shows at the end of the round.
     """
 
     round: int
@@ -74,6 +76,7 @@ class RoundRow:
     down_bytes: int
     flops: int
     seconds: float
+    clock_seconds: float
 
 
 @dataclass
@@ -174,6 +177,7 @@ class Run:
             down_bytes=sum(row.down_bytes for row in rows),
             flops=sum(row.flops for row in rows),
             seconds=round(seconds, 3),
+            clock_seconds=self.state.totals["clock_seconds"],
         )
 
     def _readable(self, row: DeviceRow) -> dict[str, Any]:
@@ -200,6 +204,7 @@ class Run:
             "lengths": {name: _length(self.folder / name) for name in _LINES},
             "sha256": _digest(tensors),
             "task_sha256": self.task.digest,
+            "availability_sha256": self.outlook.availability.digest,
         }
         content = save(tensors, metadata={"manifest": json.dumps(manifest)})
         files.write(self.folder / "state.safetensors", content)
@@ -325,7 +330,10 @@ def _anchored(experiment: Experiment) -> Experiment:
     for key in ("path", "test_path"):
         if getattr(task, key, None) is not None:
             task = replace(task, **{key: str(Path(getattr(task, key)).absolute())})
-    return replace(experiment, networks=tuple(names), task=task)
+    clock = experiment.clock
+    if clock.availability not in MODELS:
+        clock = replace(clock, availability=str(Path(clock.availability).absolute()))
+    return replace(experiment, networks=tuple(names), task=task, clock=clock)
 
 
 def _prepare(experiment: Experiment) -> Run:
@@ -388,6 +396,8 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
         raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
     if manifest["task_sha256"] != run.task.digest:
         raise UserError(f"the data is not what it was when the run in {run.folder} was stopped")
+    if manifest["availability_sha256"] != run.outlook.availability.digest:
+        raise UserError(f"clock.availability is not what it was when the run in {run.folder} was stopped")
     tensors = load_file(run.folder / "state.safetensors")
     if tensors.keys() ^ set(manifest["tensors"]) or _digest(tensors) != manifest["sha256"]:
         raise UserError(f"the state in {run.folder} is damaged: its tensors are not those that were written")

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from lamina import model
+from lamina.clock import ABANDONED, settle
 from lamina.config import Experiment
 from lamina.engines import Engine
 from lamina.estimators import unfold
@@ -37,6 +40,7 @@ class DeviceRow:
         up_bytes: It sent.
         flops: It computed.
         rejected: Why its update was not used, or None.
+        seconds: Of the virtual clock, from the beginning of the round until it had answered or was lost.
     """
 
     device: int
@@ -52,6 +56,7 @@ class DeviceRow:
     up_bytes: int = 0
     flops: int = 0
     rejected: str | None = None
+    seconds: float = 0.0
 
 
 def play_round(
@@ -65,7 +70,8 @@ def play_round(
     """One federated round.
 
     An update that is not exactly what its plan asked for, or holds a value that is not finite, is left out of the mean;
-    if none is left, the global tensors stay as they are and the round counts as abandoned.
+    if fewer than `clock.min_updates` are left, the global tensors stay as they are and the round counts as abandoned.
+    Devices that cannot answer in time are known before, and are not simulated.
 
     Args:
         experiment: The settings.
@@ -79,7 +85,9 @@ def play_round(
         The state after the round, and a row per device of the cohort in ascending order.
     """
     spec, method = outlook.chosen.spec, experiment.method
-    asked = _ask(experiment, outlook, examples, state)
+    begin = begins(experiment, outlook, state.totals["clock_seconds"])
+    asked = _ask(experiment, outlook, examples, state, draw_cohort(experiment, outlook, state.round, begin))
+    asked, seconds = _timed(experiment, outlook, asked, state.round, begin)
     rows = {device: each.row for device, each in asked.items()}
     votes, kept = [], dict(state.devices)
     pending = {device for device, each in asked.items() if each.job}
@@ -100,11 +108,15 @@ def play_round(
             votes.append(method.decode(unfold(update, job), job, spec))
             kept |= {device: update.state} if update.state else {}
     params, memory = state.params, state.memory
-    if votes:
+    if len(votes) < experiment.clock.min_updates:
+        kept = dict(state.devices)
+        unused = {d: replace(row, loss=None, rejected=ABANDONED) for d, row in rows.items() if row.loss is not None}
+        rows |= unused
+    else:
         turn = Turn(experiment.seed, state.round, experiment.rounds)
         params, memory = method.merge(params, spec, votes, turn, memory)
     after = replace(state, params=params, memory=memory, devices=kept)
-    return _counted(state, after, asked, rows), [rows[device] for device in sorted(rows)]
+    return _counted(state, after, asked, rows, begin + seconds), [rows[device] for device in sorted(rows)]
 
 
 @dataclass(frozen=True)
@@ -115,20 +127,24 @@ class _Asked:
         row: As if no update came.
         job: None where it sits out.
         flops: That it takes.
+        up_bytes: That it sends, as predicted.
         sources: Of the tensors it holds, those that are the server's as they are, by their keys in `State.changed`.
     """
 
     row: DeviceRow
     job: Job | None = None
     flops: int = 0
+    up_bytes: int = 0
     sources: Sequence[str] = ()
 
 
-def _ask(experiment: Experiment, outlook: Outlook, examples: Sequence[int], state: State) -> dict[int, _Asked]:
+def _ask(
+    experiment: Experiment, outlook: Outlook, examples: Sequence[int], state: State, cohort: Sequence[int]
+) -> dict[int, _Asked]:
     """The jobs of a round."""
     spec, local, tokens, method = outlook.chosen.spec, experiment.local, experiment.task.window, experiment.method
     asked, keys = {}, _keys(state)
-    for device in draw_cohort(experiment, outlook, state.round):
+    for device in cohort:
         turn = Turn(experiment.seed, state.round, experiment.rounds, device)
         group = outlook.class_of[device]
         budget, steps = outlook.groups[group].budget, local.round_steps(examples[device])
@@ -160,8 +176,30 @@ def _ask(experiment: Experiment, outlook: Outlook, examples: Sequence[int], stat
         )
         job = Job(turn, plan, local, arrays, method, state.devices.get(device, {}))
         flops = choice.cost.flops * steps // outlook.steps
-        asked[device] = _Asked(row, job, flops, [key for key in sources.values() if key])
+        asked[device] = _Asked(row, job, flops, choice.cost.up_bytes, [key for key in sources.values() if key])
     return asked
+
+
+def _timed(
+    experiment: Experiment, outlook: Outlook, asked: Mapping[int, _Asked], round_: int, begin: float
+) -> tuple[dict[int, _Asked], float]:
+    """The same after a look at the clock: who does not answer in time has no job; and the length of the round."""
+    busy = {device: each for device, each in asked.items() if each.job}
+    devices = np.array(list(busy), dtype=np.int64)
+    work = np.array([(each.row.down_bytes, each.flops, each.up_bytes) for each in busy.values()]).reshape(-1, 3)
+    left, turn = outlook.availability.left(begin)[devices], Turn(experiment.seed, round_, experiment.rounds)
+    stints, seconds = settle(experiment.clock, experiment.cohort, devices, work, outlook.rates, left, turn)
+    enough = sum(stint.reason is None for stint in stints) >= experiment.clock.min_updates
+    timed = dict(asked)
+    for (device, each), stint in zip(busy.items(), stints, strict=True):
+        row = replace(each.row, seconds=stint.seconds)
+        if stint.reason is None and enough:
+            timed[device] = replace(each, row=row)
+            continue
+        spent = {key: getattr(stint, key) for key in ("down_bytes", "flops", "up_bytes")}
+        row = replace(row, **spent, rejected=stint.reason or ABANDONED)
+        timed[device] = _Asked(row, sources=each.sources if stint.received else ())
+    return timed, seconds
 
 
 def _keys(state: State) -> dict[int, str]:
@@ -186,11 +224,17 @@ def _answered(asked: _Asked, update: Update | Failure, fault: str | None) -> Dev
     )
 
 
-def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int) -> list[int]:
-    """Devices of a round, ascending: drawn without replacement among those whose class has a plan."""
-    able = [d for d, group in enumerate(outlook.class_of) if outlook.chosen.choices[group].plan is not None]
+def begins(experiment: Experiment, outlook: Outlook, now: float) -> float:
+    """When a round begins: as soon as a cohort of devices with a plan is available."""
+    able = outlook.able()
+    return outlook.availability.begin(now, able, min(experiment.cohort, int(able.sum())))
+
+
+def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int, begin: float = 0.0) -> list[int]:
+    """Devices of a round, ascending: drawn without replacement among the available whose class has a plan."""
+    able = np.flatnonzero(outlook.able() & (outlook.availability.left(begin) > 0))
     rng = Turn(experiment.seed, round_, experiment.rounds).rng("cohort")
-    return sorted(int(d) for d in rng.choice(able, min(experiment.cohort, len(able)), replace=False))
+    return sorted(rng.choice(able, min(experiment.clock.asked(experiment.cohort), len(able)), replace=False).tolist())
 
 
 def fault(update: Update | Failure, job: Job, spec: Spec) -> str | None:
@@ -212,8 +256,10 @@ def fault(update: Update | Failure, job: Job, spec: Spec) -> str | None:
     return None
 
 
-def _counted(before: State, after: State, asked: Mapping[int, _Asked], rows: Mapping[int, DeviceRow]) -> State:
-    """The state after a round with its books kept."""
+def _counted(
+    before: State, after: State, asked: Mapping[int, _Asked], rows: Mapping[int, DeviceRow], end: float
+) -> State:
+    """The state after a round with its books kept; `end` is what the virtual clock shows."""
     done, used = before.round + 1, sum(row.loss is not None for row in rows.values())
     changed = dict(before.changed)
     for prefix, old, new in (("", before.params, after.params), ("memory:", before.memory, after.memory)):
@@ -234,5 +280,5 @@ def _counted(before: State, after: State, asked: Mapping[int, _Asked], rows: Map
         round=done,
         changed=changed,
         seen=seen,
-        totals={key: before.totals[key] + spent[key] for key in TOTALS},
+        totals={key: before.totals[key] + spent.get(key, 0) for key in TOTALS} | {"clock_seconds": end},
     )

@@ -10,7 +10,7 @@ import torch
 
 from lamina.layout import Params
 
-TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds")
+TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds", "clock_seconds")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class State:
     seen: Mapping[int, Mapping[str, int]]
     memory: Params = field(default_factory=dict)
     devices: Mapping[int, Params] = field(default_factory=dict)
-    totals: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
+    totals: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
 
     def pack(self) -> tuple[dict[str, Any], Params]:
         """Plain data and tensors that make up the state; `unpack` gives the same state back."""

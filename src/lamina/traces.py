@@ -32,7 +32,7 @@ class Traces:
     """
 
     memory_share: float = 0.05
-    classes: int = 4
+    classes: int = 6
     speed: str = "2 GFLOP/s"
     since: int = 0
 

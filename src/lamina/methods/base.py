@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -182,9 +182,18 @@ class Method:
         return float(update.examples) if self.weighting == "examples" else 1.0
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
-        """Global tensors and memory after a round in which somebody voted; by default the overlap mean."""
+        """Global tensors and memory after a round in which somebody voted; by default the overlap mean.
+
+        Args:
+            params: Before the round.
+            spec: As in `plans`.
+            votes: At least one, in ascending order of devices. They come once, as the updates come: a cohort may be too
+                large to keep.
+            turn: The server's.
+            memory: Before the round.
+        """
         return merge(params, model.layout(spec), votes, self.absent), memory
 
     def deploy(self, spec: Spec, params: Params, turn: Turn, memory: Params) -> tuple[Spec, Params]:

@@ -234,8 +234,8 @@ def test_hetlora_weighs_by_the_size_of_the_product_and_pads_with_zeros() -> None
     torch.testing.assert_close(after["head.weight"].double(), head, rtol=1e-6, atol=1e-7)
     assert moved(params, after) == {name for name in params if "lora" in name} | {"head.weight"}
     assert kept["ranks"].tolist() == [4, 4, 4, 4]
-    shuffled, _ = method.merge(params, network, votes[::-1], SERVER, memory)
-    assert bits(shuffled) == bits(after)
+    once, _ = method.merge(params, network, iter(votes), SERVER, memory)
+    assert bits(once) == bits(after)
 
 
 def test_hetlora_where_all_products_are_zero_weighs_as_usual() -> None:

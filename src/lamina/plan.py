@@ -258,7 +258,7 @@ class _Sum:
 
     def __init__(self, old: Tensor) -> None:
         self._sums = torch.full(old.shape, -0.0, dtype=torch.float64)  # -0.0 + x is x for every x, -0.0 included
-        self._weights = torch.zeros((), dtype=torch.float64)
+        self._weights: Tensor | float = 0.0  # a number while nobody cut it
 
     def add(self, array: Tensor, weight: float, index: tuple[Tensor, ...] | None) -> None:
         value = array.double() * weight
@@ -266,15 +266,14 @@ class _Sum:
             self._sums += value
             self._weights += weight
             return
-        if self._weights.shape != self._sums.shape:
-            self._weights = self._weights.expand(self._sums.shape).clone()
+        if isinstance(self._weights, float):
+            self._weights = torch.full_like(self._sums, self._weights)
         self._sums[index] += value
         self._weights[index] += weight
 
     def mean(self, old: Tensor, total: float | None) -> Tensor:
         """With `total`, the weight that is missing there votes for `old`."""
-        sums, weights = self._sums, self._weights
-        if total is not None:
-            sums = sums + old.double() * (total - weights)
+        weights = torch.as_tensor(self._weights, dtype=torch.float64)
+        sums = self._sums if total is None else self._sums.add(old.double() * (total - weights))
         mean = sums / (weights if total is None else total)
         return torch.where(weights > 0, mean.to(old.dtype), old)

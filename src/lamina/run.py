@@ -41,10 +41,10 @@ from lamina.metrics import Score, evaluate
 from lamina.personal import personalise
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
-from lamina.state import State
+from lamina.state import Copies, State
 from lamina.turn import generator
 
-SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/2"
+SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/3"
 _LINES = ("rounds.jsonl", "devices.jsonl")
 _BITS = ("lamina", "torch", "machine")
 
@@ -364,7 +364,7 @@ def first_state(experiment: Experiment, outlook: Outlook, task: Task) -> State:
         ).items()
     }
     changed = dict.fromkeys([*params, *(f"memory:{name}" for name in memory)], 0)
-    return State(0, params, changed, {}, memory)
+    return State(0, params, changed, Copies.none(len(outlook.class_of)), memory)
 
 
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:

@@ -85,6 +85,8 @@ class Method:
     """What a device keeps between rounds, for people; "" if nothing."""
     lossy: ClassVar[bool] = False
     """Whether what a device gets is not the server's network, so that training nothing changes it all the same."""
+    own_start: ClassVar[bool] = False
+    """Whether devices with the same plan start from tensors of their own, rather than all from the same."""
 
     for_fleet: ClassVar[bool] = False
     """Whether plans are settled before the first round, by the budgets of all devices; then there is no fallback."""
@@ -160,7 +162,11 @@ class Method:
         return next(feasible, None)
 
     def encode(self, params: Params, spec: Spec, plan: Plan, turn: Turn, memory: Params) -> Params:
-        """What a device gets: by default its part of the global tensors, shared and not copied where uncut."""
+        """What a device gets: by default its part of the global tensors, shared and not copied where uncut.
+
+        The turn is the server's, and one answer may do for all devices with the same plan; with `own_start` the turn is
+        the device's.
+        """
         return narrow(params, model.layout(spec), plan)
 
     def sends(self, spec: Spec, plan: Plan, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -104,6 +104,7 @@ class Flora(_Whole):
     """
 
     source: ClassVar[str] = "Wang et al. 2024"
+    own_start: ClassVar[bool] = True
     cuts: ClassVar[str] = "training of the weights themselves, and the rank of what is added"
     note: ClassVar[str] = "As lora; ranks hardly change the peak. A download is the whole of the changed weights."
 

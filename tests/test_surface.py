@@ -58,6 +58,7 @@ KEYS = {
     ),
     "task images": (TASKS["images"], f"{DEALING} augment path test_path test_fraction size fine label"),
     "task digits": (TASKS["digits"], f"{DEALING} augment size"),
+    "task noise": (TASKS["noise"], "devices examples tests window"),
     "method fedavg": (METHODS["fedavg"], COMMON),
     "method caff": (METHODS["caff"], f"{COMMON} train_head train_embeddings"),
     "method cocofl": (METHODS["cocofl"], f"{COMMON} frozen_bits"),

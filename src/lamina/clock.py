@@ -123,7 +123,7 @@ def settle(
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.clip((stops[:, None] - begun) / (ends - begun), 0.0, 1.0)
     shares = np.where(stops[:, None] >= ends, 1.0, shares)
-    spent = np.floor(shares * work).astype(np.int64)
+    spent = np.where(shares == 1, work, np.floor(shares * work)).astype(np.int64)
     away = ~answered & (left <= over) & (left < done)
     reasons = [None if a else AWAY if b else LATE for a, b in zip(answered, away, strict=True)]
     stints = [

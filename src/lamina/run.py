@@ -42,7 +42,7 @@ from lamina.metrics import Score, evaluate
 from lamina.personal import personalise
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
-from lamina.state import State
+from lamina.state import Copies, State
 from lamina.turn import generator
 
 SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/3"
@@ -372,7 +372,7 @@ def first_state(experiment: Experiment, outlook: Outlook, task: Task) -> State:
         ).items()
     }
     changed = dict.fromkeys([*params, *(f"memory:{name}" for name in memory)], 0)
-    return State(0, params, changed, {}, memory)
+    return State(0, params, changed, Copies.none(len(outlook.class_of)), memory)
 
 
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:

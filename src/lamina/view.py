@@ -33,8 +33,8 @@ class View:
             self.console.width = 120
 
     def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, markup=False)
+        """One line, which a terminal wraps and a pipe does not."""
+        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def table(self, table: Table) -> None:
         """A table under its title."""

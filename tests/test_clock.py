@@ -415,3 +415,16 @@ def test_what_people_are_told(world: Table, tmp_path: Path, capsys: pytest.Captu
     view.say("done")
     bare = config.experiment(world | {"fleet": [{"name": "all"}]}, "test")
     assert "time" not in tables.classes([{**classes[0], "seconds": 0.0}]).head and not bare.clock.needs_rates
+
+
+def test_a_comparison_shows_time_where_there_is_some() -> None:
+    path = Path(__file__).parents[1] / "records" / "compare" / "compare.json"
+    collected = json.loads(path.read_text(encoding="utf-8"))
+    assert "time" not in tables.comparison(collected)[0].head
+    for row in collected["methods"]:
+        if row["seeds"]:
+            row["totals"]["clock_seconds"] = 200.0
+    table = tables.comparison(collected)[0]
+    assert table.head[-1] == "time"
+    assert {len(row) for row in table.rows} == {len(table.head)}
+    assert {row[-1] for row in table.rows} == {"3 min 20 s", ""}

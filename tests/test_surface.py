@@ -40,7 +40,7 @@ PRETRAIN = (
 KEYS = {
     "": (
         config.Experiment,
-        "name rounds cohort networks seed eval_every workers levers enforce task method local fleet",
+        "name rounds cohort networks seed eval_every eval_devices workers levers enforce task method local fleet",
     ),
     "task shakespeare": (
         TASKS["shakespeare"],

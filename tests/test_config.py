@@ -80,6 +80,7 @@ def test_a_file_gives_what_it_says_and_every_default(file: Path) -> None:
         networks=("net",),
         seed=0,
         eval_every=0,
+        eval_devices=0,
         workers=0,
         task=Shakespeare(window=16, scored=4),
         method=Caff(),
@@ -114,6 +115,7 @@ experiments = st.builds(
     ),
     seed=st.integers(0, 2**62),
     eval_every=st.integers(0, 9),
+    eval_devices=st.integers(0, 9),
     workers=st.integers(0, 9),
     task=st.builds(Shakespeare, path=st.none() | names, devices=st.none() | counts, alpha=floats),
     method=st.sampled_from(list(VARIANTS.values())),
@@ -138,7 +140,10 @@ def test_a_delete_character_is_dumped_too() -> None:
     tomllib.loads(dump({"name": "a\x7f"}))
 
 
-TOP = "name, rounds, cohort, networks, seed, eval_every, workers, levers, enforce, task, method, local, fleet, clock"
+TOP = (
+    "name, rounds, cohort, networks, seed, eval_every, eval_devices, workers, levers, enforce, task, method, local, "
+    "fleet, clock"
+)
 METHOD_NAMES = ", ".join(METHODS)
 FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate"
 CLOCK_KEYS = "deadline, over_selection, min_updates, availability, available_hours"

@@ -328,6 +328,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
             "name": str,
             "method": str,
             "accuracy": accuracy,
+            "tested_devices": int,
             "personalised": type(None),
             "network": {
                 "chosen": str,

@@ -37,6 +37,7 @@ class Experiment:
         rounds: Federated rounds.
         cohort: Devices per round, drawn without replacement.
         eval_every: Rounds between evaluations; 0 evaluates only before the first and after the last.
+        eval_devices: Devices that are evaluated: so many with test examples, drawn once for the run; 0 takes all.
         workers: Simulated devices computed at a time; 0 takes one per core. Changes no result.
         levers: Ways to save memory that the planner may use, where a plan would not fit without: "none", "exact" (those
             that leave the mathematics as it is), "all", or a list of names; see `docs/levers.md`.
@@ -56,6 +57,7 @@ class Experiment:
     networks: tuple[str, ...]
     seed: int = 0
     eval_every: int = 0
+    eval_devices: int = 0
     workers: int = 0
     levers: Allowed = "none"
     enforce: bool = False
@@ -76,7 +78,7 @@ class Experiment:
         for key in ("rounds", "cohort"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("eval_every", "workers", "seed"):
+        for key in ("eval_every", "eval_devices", "workers", "seed"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         list(rungs(self.levers))

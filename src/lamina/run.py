@@ -18,8 +18,10 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +101,16 @@ class Run:
         return self.experiment.workers or usable_cores()
 
     def score(self) -> Score:
-        """Accuracy of the global network now."""
-        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers)
+        """Accuracy of the global network now, on the test examples of `tested`."""
+        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers, self.tested)
+
+    @cached_property
+    def tested(self) -> np.ndarray:
+        """Devices that are evaluated, ascending, int64: those with test examples, or a sample of them for the run."""
+        found = np.flatnonzero([len(shard) > 0 for shard in self.task.test])
+        most = self.experiment.eval_devices or len(found)
+        rng = generator(self.experiment.seed, "tested")
+        return found if most >= len(found) else np.sort(rng.choice(found, most, replace=False))
 
     def deployed(self) -> tuple[Spec, Params]:
         """The network that the method hands out now."""
@@ -147,7 +157,7 @@ class Run:
         if local is None:
             return None
         turn = Turn(self.experiment.seed, self.experiment.rounds, self.experiment.rounds)
-        return personalise(*self.deployed(), self.task, local, turn, self.workers, on_progress)
+        return personalise(*self.deployed(), self.task, self.tested, local, turn, self.workers, on_progress)
 
     def _engine(self) -> Engine:
         spec, shards, outlook = self.outlook.chosen.spec, self.task.train, self.outlook
@@ -182,7 +192,7 @@ class Run:
 
     def _readable(self, row: DeviceRow) -> dict[str, Any]:
         names = {"name": self.task.names[row.device], "class": self.outlook.groups[row.group].name}
-        return names | {key: value for key, value in asdict(row).items() if key != "group"}
+        return names | {key: value for key, value in vars(row).items() if key != "group"}
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -196,10 +206,13 @@ class Run:
         now = time.perf_counter()
         self.seconds += now - tick
         data, tensors = self.state.pack()
+        scores = {"before": self.before} | ({"after": self.after} if self.after else {})
+        tensors |= {
+            f"score:{when}": torch.from_numpy(np.stack([score.correct, score.total])) for when, score in scores.items()
+        }
         manifest = data | {
             "schema": STATE_SCHEMA,
-            "before": _score_json(self.before),
-            "after": _score_json(self.after) if self.after else None,
+            "scores": list(scores),
             "seconds": self.seconds,
             "lengths": {name: _length(self.folder / name) for name in _LINES},
             "sha256": _digest(tensors),
@@ -235,6 +248,7 @@ class Run:
             "name": self.experiment.name,
             "method": self.experiment.to_table()["method"]["name"],
             "accuracy": _accuracies(self.before, self.after),
+            "tested_devices": len(self.tested),
             "personalised": self.own.accuracy() if self.own else None,
             "network": self.outlook.network_json(),
             "classes": classes,
@@ -244,10 +258,13 @@ class Run:
 
     def _coverage(self) -> list[float]:
         """Share of usable updates that trained each block."""
-        lines = [json.loads(line) for line in (self.folder / "devices.jsonl").read_text().splitlines()]
-        trained = [line["blocks"] for line in lines if line["loss"] is not None]
-        blocks = range(self.outlook.chosen.spec.blocks)
-        return [sum(block in each for each in trained) / max(1, len(trained)) for block in blocks]
+        trained, updates = Counter[int](), 0
+        with open(self.folder / "devices.jsonl", encoding="utf-8") as file:
+            for line in map(json.loads, file):
+                if line["loss"] is not None:
+                    trained.update(line["blocks"])
+                    updates += 1
+        return [trained[block] / max(1, updates) for block in range(self.outlook.chosen.spec.blocks)]
 
 
 def start(experiment: Experiment, root: Path, name: str = "") -> Run:
@@ -399,27 +416,20 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
     if manifest["availability_sha256"] != run.outlook.availability.digest:
         raise UserError(f"clock.availability is not what it was when the run in {run.folder} was stopped")
     tensors = load_file(run.folder / "state.safetensors")
-    if tensors.keys() ^ set(manifest["tensors"]) or _digest(tensors) != manifest["sha256"]:
+    names = {*manifest["tensors"], *(f"score:{when}" for when in manifest["scores"])}
+    if tensors.keys() ^ names or _digest(tensors) != manifest["sha256"]:
         raise UserError(f"the state in {run.folder} is damaged: its tensors are not those that were written")
     state = State.unpack(manifest, tensors)
     if {n: p.shape for n, p in state.params.items()} != {n: p.shape for n, p in run.state.params.items()}:
         raise UserError(f"the state in {run.folder} is of another network than its config.toml gives")
     run.state = state
-    run.before = _score(manifest["before"])
-    run.after = _score(manifest["after"]) if manifest["after"] else None
+    scores = {when: Score(*tensors[f"score:{when}"].numpy()) for when in manifest["scores"]}
+    run.before, run.after = scores["before"], scores.get("after")
     run.seconds = manifest["seconds"]
 
 
 def _accuracies(before: Score, after: Score) -> dict[str, dict[str, float]]:
     return {"before": before.accuracy(), "after": after.accuracy()}
-
-
-def _score_json(score: Score) -> dict[str, list[int]]:
-    return {"correct": score.correct.tolist(), "total": score.total.tolist()}
-
-
-def _score(data: dict[str, list[int]]) -> Score:
-    return Score(np.array(data["correct"]), np.array(data["total"]))
 
 
 def _length(path: Path) -> int:

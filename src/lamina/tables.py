@@ -173,7 +173,9 @@ def outcome(summary: Mapping[str, Any]) -> Table:
         gained = scores(row["accuracy"], "mean_over_devices") if row["accuracy"] else ("", "", "")
         rows.append((row["name"], *held, *gained))
     head = ("devices", "trains blocks", "number", "sat out", "memory", "before", "after", "gain")
-    title = "Accuracy on held-out examples (of a class: mean over its devices)"
+    every, tested = sum(row["devices"] for row in summary["classes"]), summary["tested_devices"]
+    whose = f" of {tested} of the {every} devices" if tested < every else ""
+    title = f"Accuracy on held-out examples{whose} (of a class: mean over its devices)"
     if own:
         title += "; * finetuned by each device for itself in the end, beyond its budget"
     return Table(title, head, rows, left=2)

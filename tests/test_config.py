@@ -140,7 +140,8 @@ def test_a_delete_character_is_dumped_too() -> None:
     tomllib.loads(dump({"name": "a\x7f"}))
 
 
-TOP = "name, rounds, cohort, networks, seed, eval_every, eval_devices, workers, levers, enforce, task, method, local, fleet"
+TOP = "name, rounds, cohort, networks, seed, eval_every, eval_devices, workers, levers, enforce, task, method, local"
+TOP += ", fleet"
 METHOD_NAMES = ", ".join(METHODS)
 FLEET_KEYS = "name, share, memory, uplink, downlink, flops"
 QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.numpy import save
+from safetensors.torch import load_file
 
 from lamina import __version__, checkpoint, config, files, imports, model, networks, tables
 from lamina.config import Experiment
@@ -214,7 +215,8 @@ class Run:
             "sha256": _digest(tensors),
             "task_sha256": self.task.digest,
         }
-        content = save(tensors, metadata={"manifest": json.dumps(manifest)})
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        content = save(arrays, metadata={"manifest": json.dumps(manifest)})
         files.write(self.folder / "state.safetensors", content)
         return now
 

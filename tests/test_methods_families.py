@@ -32,7 +32,7 @@ from lamina.plan import Plan, Vote
 from lamina.planner import Fleet, Group, assess
 from lamina.server import play_round
 from lamina.spec import Spec
-from lamina.state import State
+from lamina.state import Copies, State
 
 FAMILIES = ("bert", "vit", "llama", "qwen3", "dinov2")
 every_pair = pytest.mark.parametrize(
@@ -183,7 +183,7 @@ class World:
             server.spec, server.params, self.outlook.fleet(self.experiment, task), Turn(0, 0, 3)
         )
         changed = dict.fromkeys([*server.params, *(f"memory:{each}" for each in memory)], 0)
-        self.spec, self.state = server.spec, State(0, server.params, changed, {}, memory)
+        self.spec, self.state = server.spec, State(0, server.params, changed, Copies.none(4), memory)
 
     def play(self) -> None:
         engine, sizes = LocalEngine(self.spec, self.shards, 1), [6] * 4

@@ -216,6 +216,15 @@ def test_a_sample_of_the_devices_is_evaluated(table: Table, tmp_path: Path) -> N
     assert begin(table | {"task": small, "eval_devices": 60}, tmp_path / "all").tested.tolist() == list(range(60))
 
 
+def test_those_that_are_evaluated_are_those_that_are_personalised(table: Table, tmp_path: Path) -> None:
+    changes = {"rounds": 1, "cohort": 2, "eval_devices": 3, "task": table["task"] | {"devices": 12}}
+    run = begin(table | changes | {"method": {"name": "perfedmask", "personal_epochs": 1}}, tmp_path)
+    told: list[tuple[int, int]] = []
+    assert run.play(on_progress=lambda done, jobs: told.append((done, jobs)))["personalised"]
+    assert run.own and np.flatnonzero(run.own.total).tolist() == run.tested.tolist()
+    assert told[-3:] == [(1, 3), (2, 3), (3, 3)]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_threads_take_jobs_a_few_ahead(workers: int) -> None:
     taken: list[int] = []

@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py benchmarks/scale.json
 
-Task "noise", a network of 4 blocks of width 64 of which every device trains the last 2, 1,000 devices a round, 50
-rounds, in a process of its own for each number of devices; a sample of 1,000 is evaluated before the first and after
-the last round. `server_seconds` is the CPU time of a round in which devices answer at once, with what they were sent.
+Task "noise", a network of 4 blocks of width 64 of which every device trains the last 2, AdamW, 1,000 devices a round,
+in a process of its own for each number of devices; a sample of 1,000 is evaluated before the first and after the last
+round. `server_seconds` is the CPU time of a round in which devices answer at once, with what they were sent.
 
 Slopes are those of straight lines through the resident memory after each round, by least squares.
 """
@@ -34,8 +34,9 @@ from lamina.server import play_round
 from lamina.spec import Spec
 
 SPEC = Spec(blocks=4, embed=64, heads=4, head_dim=16, ffn=256, vocab=96, positions=80)
-TRAINED, WINDOW, COHORT, ROUNDS = 2, 80, 1000, 50
-DEVICES = (100_000, 10_000, 1_000)
+TRAINED, WINDOW, COHORT = 2, 80, 1000
+ROUNDS = {100_000: 50, 10_000: 20, 1_000: 20}
+"""Number of devices -> rounds."""
 MIB = 2**20
 
 
@@ -55,22 +56,21 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--steps", type=int, default=4, help="local steps of a device")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--devices", type=int, help="this number alone, in this process")
     given = parser.parse_args()
     local = Local(steps=given.steps, batch_size=given.batch_size)
     if given.devices:
-        files.write_json(given.path, cell(given.devices, local, given.rounds))
+        files.write_json(given.path, cell(given.devices, local, ROUNDS.get(given.devices, 20)))
         return
     found = []
-    for devices in DEVICES:
+    for devices in ROUNDS:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "cell.json"
-            more = ["--steps", str(given.steps), "--batch-size", str(given.batch_size), "--rounds", str(given.rounds)]
+            more = ["--steps", str(given.steps), "--batch-size", str(given.batch_size)]
             subprocess.run([sys.executable, __file__, str(part), "--devices", str(devices), *more], check=True)
             found.append(json.loads(part.read_text(encoding="utf-8")))
         print(found[-1], flush=True)
-    settings = {"cohort": COHORT, "rounds": given.rounds, "steps": given.steps, "batch_size": given.batch_size}
+    settings = {"cohort": COHORT, "steps": given.steps, "batch_size": given.batch_size, "window": WINDOW}
     files.write_json(given.path, {"environment": environment(), "settings": settings, "cells": found})
 
 
@@ -97,6 +97,7 @@ def cell(devices: int, local: Local, rounds: int) -> dict[str, Any]:
         run.play(on_round=note)
         return {
             "devices": devices,
+            "rounds": rounds,
             "start_seconds": round(started, 3),
             "server_seconds": round(server, 3),
             "round_seconds": float(np.median(seconds)),

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.numpy import save
+from safetensors.torch import load_file
 
 from lamina import __version__, checkpoint, config, files, imports, model, networks, tables
 from lamina.availability import MODELS
@@ -219,7 +220,8 @@ class Run:
             "task_sha256": self.task.digest,
             "availability_sha256": self.outlook.availability.digest,
         }
-        content = save(tensors, metadata={"manifest": json.dumps(manifest)})
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        content = save(arrays, metadata={"manifest": json.dumps(manifest)})
         files.write(self.folder / "state.safetensors", content)
         return now
 

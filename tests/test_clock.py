@@ -428,3 +428,18 @@ def test_a_comparison_shows_time_where_there_is_some() -> None:
     assert table.head[-1] == "time"
     assert {len(row) for row in table.rows} == {len(table.head)}
     assert {row[-1] for row in table.rows} == {"3 min 20 s", ""}
+
+
+def test_the_page_tells_what_is_recorded() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "clock.md").read_text(encoding="utf-8")
+    few, all_ = (lines(root / "records" / "traces" / name / "rounds.jsonl") for name in ("asked-13", "asked-10"))
+    for row in few:
+        assert f"accuracy {row['accuracy']['mean_over_devices']:.2%}, 3 late, {row['seconds']:.1f} s, clock " in page
+        assert f"clock {duration(row['clock_seconds'])}\n" in page
+    reached = [next(r for r in rows if r["accuracy"]["mean_over_devices"] > 0.544) for rows in (few, all_)]
+    for text, kept in (
+        ("eight rounds", [few[-1], all_[-1]]),
+        ("54.4% reached after", reached),
+    ):
+        assert f"| {text} | {' | '.join(format(row['clock_seconds'], '.0f') + ' s' for row in kept)} |" in page

@@ -225,7 +225,7 @@ def outcome(folder: Path) -> Table:
     manifest = checkpoint.read_manifest(folder / "state.safetensors")
     return {
         "summary": summary,
-        "rounds": [line | {"seconds": None} for line in lines(folder / "rounds.jsonl")],
+        "rounds": [line | {"seconds": None, "prefix_reused": None} for line in lines(folder / "rounds.jsonl")],
         "devices": lines(folder / "devices.jsonl"),
         "state": bits(load_file(folder / "state.safetensors")),
         "manifest": {key: value for key, value in manifest.items() if key not in ("seconds", "lengths")},

@@ -368,7 +368,7 @@ def shared(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> list[Devices]:
 
 
 def test_enforcing_changes_no_bit(world: Table, shared: list[Devices], tmp_path: Path) -> None:
-    plain = begin(world, tmp_path / "plain")
+    plain = begin(world | {"engine": "serial"}, tmp_path / "plain")
     limited = begin(world | {"enforce": True}, tmp_path / "limited")
     plain.play()
     limited.play()

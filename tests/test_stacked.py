@@ -8,7 +8,7 @@ import pytest
 import torch
 from specs import SPECS
 from support import bits, spec, weights
-from test_methods_families import FAMILIES, Server, every_pair, shard
+from test_methods_families import FAMILIES, Server, shard
 
 from lamina import client, model
 from lamina.data.task import Pairs, Shard
@@ -17,7 +17,7 @@ from lamina.engines.stacked import StackedEngine, stackable, stacks, train_stack
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
 from lamina.levers import Levers
-from lamina.methods.base import Method
+from lamina.methods import METHODS, Method
 from lamina.methods.blocks import Caff
 from lamina.methods.depth import DepthFL
 from lamina.plan import Plan
@@ -58,8 +58,18 @@ def assert_alike(found: Sequence[Update], wanted: Sequence[Update], jobs: Sequen
                     assert off <= 1e-3 * change + 1e-6, name
 
 
-@every_pair
-def test_devices_together_train_as_each_alone(name: str, family: str) -> None:
+LANGUAGE, CLASSES = ("gpt2", "llama", "qwen3"), ("bert", "vit", "dinov2")
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(METHODS)), ids=list(METHODS))
+def test_devices_together_train_as_each_alone(number: int, name: str) -> None:
+    """Every method, on a family of each kind of task; all families come up."""
+    kinds = {"language": LANGUAGE, "classification": CLASSES}
+    for family in (kinds[kind][number % 3] for kind in METHODS[name].tasks):
+        together_as_alone(name, family)
+
+
+def together_as_alone(name: str, family: str) -> None:
     server = Server(name, family)
     shards = [shard(server.spec, size, seed) for seed, size in enumerate(SIZES)]
     for plan in server.plans[:: max(1, len(server.plans) - 1)]:
@@ -252,6 +262,6 @@ def test_fewer_bits_are_close(family: str) -> None:
     found = train_stack(jobs, shards, network, Prefixes(0, 0), torch.bfloat16)
     for one, other in zip(found, exact, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=0.02) and one.loss != other.loss
-        change = [torch.cat([(p[n] - params[n]).flatten() for n in sorted(names)]) for p in (one.arrays, other.arrays)]
-        assert torch.nn.functional.cosine_similarity(*change, dim=0) > 0.98
+        mine, theirs = (torch.cat([(p[n] - params[n]).flatten() for n in names]) for p in (one.arrays, other.arrays))
+        assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.98
         assert all(p.dtype == torch.float32 for p in one.arrays.values())

@@ -58,6 +58,10 @@ class StackedEngine:
         for updates in in_threads(self._workers, self._train, stacks(jobs, self._spec)):
             yield from updates
 
+    def reused(self) -> float | None:
+        """Share of frozen blocks, times examples, that did not run since the last call; None if there were none."""
+        return self._prefixes.reused()
+
     def _train(self, jobs: Sequence[Job]) -> list[Update]:
         if not stackable(jobs[0]):
             return [client.train(job.owned(), self._shards[job.turn.device], self._spec) for job in jobs]
@@ -141,7 +145,7 @@ def train_stack(
     spec = jobs[0].plan.runs(spec)
     all_batches = [job.local.batches(job.turn, len(shard)) for job, shard in zip(jobs, shards, strict=True)]
     order = sorted(range(len(jobs)), key=lambda i: -len(all_batches[i]))
-    jobs, shards, all_batches = ([each[i] for i in order] for each in (jobs, shards, all_batches))
+    jobs, shards, all_batches = [jobs[i] for i in order], [shards[i] for i in order], [all_batches[i] for i in order]
     whole = {name: torch.stack([job.arrays[name] for job in jobs]) for name in jobs[0].plan.trains}
     ops, devices = Stacked(dtype), []
     frozen = _frozen(jobs, spec)

@@ -35,10 +35,8 @@ def index(rows: list[Any], head: Any = None, schema: Any = SCHEMA) -> str:
     return signed(json.dumps({"schema": schema, "head": head or {}, "tensors": rows}))
 
 
-def row(
-    name: str = "a", dtype: Any = "float32", shape: Any = (2,), data: bytes = bytes(8), sent: Any = True
-) -> list[Any]:
-    return [name, dtype, shape, files.digest(data), sent]
+def row(name: str = "a", dtype: Any = "float32", shape: Any = (2,), sent: Any = True, value: float = 0.0) -> list[Any]:
+    return [name, dtype, shape, wire.digest(torch.full((2,), value)), sent]
 
 
 def test_what_is_packed_comes_out_again_bit_for_bit() -> None:
@@ -53,8 +51,15 @@ def test_what_is_packed_comes_out_again_bit_for_bit() -> None:
     assert TENSORS["weight"][0, 0] == 0
 
 
+def test_tensors_with_the_same_bytes_and_other_shapes_or_types_are_not_the_same() -> None:
+    alike = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, 1), torch.zeros(4, dtype=torch.int32)]
+    assert len({wire.digest(each) for each in alike}) == 4
+    text, data = wire.pack({}, {"a": alike[1]}, {wire.digest(alike[0])})
+    assert wire.unpack(text, data).rows["a"].sent
+
+
 def test_tensors_that_are_known_are_named_and_not_sent() -> None:
-    known = files.digest(wire.to_bytes(TENSORS["weight"]))
+    known = wire.digest(TENSORS["weight"])
     whole = wire.pack({}, TENSORS)[1]
     text, data = wire.pack({}, TENSORS, {known})
     message = wire.unpack(text, data)
@@ -128,7 +133,7 @@ def test_a_body_that_is_no_message_is_refused(body: str) -> None:
         ([row(shape=[10**10])], "take 40000000000 bytes, 8 came"),
         ([row(shape=[2**39, 2**39])], "bytes, 8 came"),
         ([row(shape=[1])], "take 4 bytes, 8 came"),
-        ([row(data=b"another")], "tensor 'a' is not what was sent"),
+        ([row(value=1.0)], "tensor 'a' is not what was sent"),
     ],
 )
 def test_an_index_that_says_what_cannot_be_is_refused_by_name(rows: list[Any], reason: str) -> None:
@@ -206,7 +211,7 @@ def test_what_is_no_answer_to_the_job_is_refused(change: dict[str, Any], reason:
 def test_an_update_sends_all_of_its_tensors() -> None:
     tensors = {"a": torch.ones(2)}
     head = wire.answer_to_json(Update(TURN, tensors, 7, 3, 0.5))
-    text, data = wire.pack(head, tensors, {files.digest(wire.to_bytes(tensors["a"]))})
+    text, data = wire.pack(head, tensors, {wire.digest(tensors["a"])})
     with pytest.raises(WireError, match="does not send all"):
         wire.read_answer(wire.unpack(text, data), TURN)
 

@@ -106,7 +106,7 @@ class Cache:
 
     def _whole(self, sha256: str) -> bool:
         try:
-            return files.digest(wire.to_bytes(Flash(self._folder / f"{sha256}.safetensors")[""])) == sha256
+            return wire.digest(Flash(self._folder / f"{sha256}.safetensors")[""]) == sha256
         except (OSError, ValueError, KeyError):
             return False
 
@@ -120,7 +120,9 @@ class Cache:
         while message.tensors:
             name, tensor = message.tensors.popitem()
             names[name] = message.rows[name].sha256
-            files.write(self._folder / f"{names[name]}.safetensors", save({"": tensor}))
+            (self._folder / f"{names[name]}.safetensors").write_bytes(
+                save({"": tensor})
+            )  # half a file is none: `names`
         files.write_json(self._index, names)
         for path in self._folder.iterdir():
             if path.stem not in names.values():

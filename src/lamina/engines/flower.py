@@ -161,9 +161,10 @@ class FlowerEngine:
         again, used = set[int](), 0
         while asked and (self.wanted is None or used < self.wanted) and (end is None or time.monotonic() < end):
             for reply in self._pull(asked):
-                job = asked.pop(reply.metadata.reply_to_message_id, None)
-                if job is None:  # answered before
+                job = asked.get(reply.metadata.reply_to_message_id)
+                if job is None or used == self.wanted:  # answered before, or too late
                     continue
+                del asked[reply.metadata.reply_to_message_id]
                 answer = self._read(reply, job)
                 if answer is None and job.turn.device not in again:
                     again.add(job.turn.device)

@@ -27,7 +27,7 @@ from lamina import checkpoint, config, run
 from lamina.deployed import in_real_time
 from lamina.engines.local import LocalEngine
 
-ROOT = Path(lamina.__file__).parent
+ROOT, BIN = Path(lamina.__file__).parent, Path(sys.executable).parent
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -65,7 +65,8 @@ class Grid:
         self.folder, self.home = folder, folder / "home"
         self.home.mkdir()
         path = os.pathsep.join([str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.env = os.environ | QUIET | {"FLWR_HOME": str(self.home), "PYTHONPATH": path}
+        programs = os.pathsep.join([str(BIN), os.environ["PATH"]])  # Flower's start one another by name
+        self.env = os.environ | QUIET | {"FLWR_HOME": str(self.home), "PYTHONPATH": path, "PATH": programs}
         self.ports = free_ports(4)
         self.started: list[subprocess.Popen[bytes]] = []
         self._secrets()
@@ -89,7 +90,7 @@ class Grid:
         log = open(self.folder / f"{program}-{len(self.started)}.log", "wb")  # noqa: SIM115
         with log:
             found = subprocess.Popen(
-                [str(Path(sys.executable).parent / program), *map(str, arguments)],
+                [str(BIN / program), *map(str, arguments)],
                 env=self.env,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -100,15 +101,11 @@ class Grid:
         self.started.append(found)
         return found
 
-    def flwr(self, *arguments: object, tries: int = 1) -> str:
-        """A command to the SuperLink; a few tries where it may not be up yet."""
-        for _ in range(tries):
-            command = [str(Path(sys.executable).parent / "flwr"), *map(str, arguments)]
-            done = subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=60)
-            if done.returncode == 0 and "rror" not in done.stdout:
-                return done.stdout
-            time.sleep(1)
-        raise AssertionError(f"{arguments}: {done.stdout} {done.stderr} {self.logs()}")
+    def flwr(self, *arguments: object) -> None:
+        """A command to the SuperLink."""
+        command = [str(BIN / "flwr"), *map(str, arguments)]
+        done = subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{arguments}: {done.stdout} {done.stderr} {self.logs()}"
 
     def logs(self) -> str:
         texts = (f"\n--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
@@ -138,8 +135,13 @@ class Grid:
         where = ("--port", self.ports[0], "--database", self.folder / "state.db")
         safe = ("--enable-supernode-auth", "--disable-runtime-dependency-installation")
         self.start("flower-superlink", *(each for pair in secrets for each in pair), *safe, *where)
+        self.until(self._listens, 60, "the start of the SuperLink")
         for i in range(3):
-            self.flwr("supernode", "register", self.folder / f"device-{i}.pub", "link", tries=30)
+            self.flwr("supernode", "register", self.folder / f"device-{i}.pub", "link")
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.ports[0])) == 0
 
     def join(self, device: int, experiment: Path) -> subprocess.Popen[bytes]:
         """The SuperNode of a device."""

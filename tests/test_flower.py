@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +16,18 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from support import Table, bits, lines, memory, outcome, write_world
 
-from lamina import client, config, deployed, networks, wire
+from lamina import client, config, deployed, files, networks, wire
 from lamina.deployed import engine_of, in_real_time
 from lamina.engines import flower
-from lamina.engines.flower import FlowerEngine, parts, record
+from lamina.engines.flower import FlowerEngine, Peer, Peers, parts, record
 from lamina.errors import UserError
-from lamina.fleet import assign
+from lamina.experiment import devices as roster_of
+from lamina.fleet import RESOURCES, assign
 from lamina.job import Failure, Job
 from lamina.run import Run, resume, start
 from lamina.server import DeviceRow, play_round
 from lamina.state import State
+from lamina.traces import Traces
 from lamina.turn import generator
 
 Replies = Iterable[tuple[float, Message]]
@@ -146,7 +147,7 @@ class World:
     def real(self, run: Run) -> tuple[Run, FlowerEngine]:
         """What makes a run one of real devices; what people are told goes to `told`."""
         self.told: list[str] = []
-        engine = engine_of(run, self.link, 30.0, self.told.append)
+        engine = engine_of(run, Peers(self.link, 3, 30.0, self.told.append))
         run.experiment = in_real_time(run.experiment)
         return run, engine
 
@@ -200,7 +201,7 @@ def test_weights_and_books_are_those_of_the_simulation_bit_for_bit(tmp_path: Pat
     predicted, messages = outcome(run.folder)["summary"]["totals"], len(world.link.pushed)
     names = 64 * len(run.state.params)  # the index tells of every tensor
     for way, key in (("sent", "down_bytes"), ("received", "up_bytes")):
-        assert predicted[key] <= engine.traffic[way] <= 1.02 * predicted[key] + messages * (4096 + 4 * names)
+        assert predicted[key] <= engine.peers.traffic[way] <= 1.02 * predicted[key] + messages * (4096 + 4 * names)
 
 
 def test_frozen_tensors_are_sent_once(tmp_path: Path, clock: Clock) -> None:
@@ -218,7 +219,9 @@ def test_a_cache_that_was_lost_or_is_damaged_is_filled_again(world: World) -> No
         if question.metadata.message_type == "train":
             kept = sorted((world.folder / "cache-1" / "tensors").iterdir())
             if len(kept) > 3:
-                kept[0].unlink(), kept[1].write_bytes(b"no"), kept[2].write_bytes(kept[3].read_bytes())
+                kept[0].unlink()
+                kept[1].write_bytes(b"no")
+                kept[2].write_bytes(kept[3].read_bytes())
         return [(0.0, reply)]
 
     world.link.bend = damage
@@ -271,7 +274,7 @@ def cut(question: Message, reply: Message) -> Message:
 
 def bomb(question: Message, reply: Message) -> Message:
     text = wire.pack({"answer": "update"}, {"x": torch.zeros(1)})[0].partition("\n")[2].replace("[1]", "[10000000000]")
-    return Message(record(f"{wire.files.digest(text.encode())}\n{text}", b""), reply_to=question)
+    return Message(record(f"{files.digest(text.encode())}\n{text}", b""), reply_to=question)
 
 
 FAULTS: dict[str, tuple[Bend, str]] = {
@@ -344,7 +347,7 @@ def test_a_fault_costs_the_update_of_its_device_alone(
     world, run, expected = half
     monkeypatch.setattr(flower, "time", world.clock)
     world.link.bend, reason = FAULTS[name]
-    state, rows = one_round(run, engine_of(run, world.link, 30.0, world.told.append))
+    state, rows = one_round(run, engine_of(run, Peers(world.link, 3, 30.0, world.told.append)))
     assert [row.loss is None for row in rows] == [False, True, False]
     assert reason in str(rows[1].rejected) and "secret" not in str(rows[1].rejected)
     assert b"".join(bits(state.params).values()) == expected
@@ -401,7 +404,7 @@ def test_a_device_that_comes_back_as_another_node_is_the_same_device(tmp_path: P
     run.play(back, engine=engine)
     rejected = [each["rejected"] for each in lines(run.folder / "rounds.jsonl")]
     assert rejected == [[], ["device 1: its node is gone"], ["device 1: not connected"], []]
-    assert engine.peers[1].node == 99
+    assert engine.peers.here[1].node == 99
 
 
 def test_too_few_devices_are_waited_for_and_then_named(tmp_path: Path, clock: Clock) -> None:
@@ -464,7 +467,7 @@ def said(world: World, device: int, settings: Mapping[str, Any]) -> tuple[dict[i
     """Who is there, and what people are told, when a device has other settings."""
     world.link.nodes[10 + device] = settings
     _, engine = world.begin("said")
-    return dict(engine.gather()), world.told
+    return dict(engine.peers.gather()), world.told
 
 
 @pytest.mark.parametrize(
@@ -496,6 +499,47 @@ def test_devices_say_what_they_have(world: World) -> None:
     assert weak.class_name == "weak" and weak.budget["memory_bytes"] == world.experiment.fleet[1].memory  # type: ignore[index, union-attr]
     assert found[0].budget == dict.fromkeys(found[1].budget)
     assert [peer.examples for peer in found.values()] == [len(each) for each in world.begin()[0].task.train]
+
+
+def as_said(world: World, *said: tuple[str, int | None]) -> Table | None:
+    """The fleet's classes, memories and devices, when devices say a class and its memory; None if it is as it was."""
+    budgets = [dict.fromkeys(RESOURCES) | {"memory_bytes": memory} for _, memory in said]
+    peers = {i: Peer(10 + i, i, said[i][0], budgets[i], 9, {}) for i in range(len(said))}
+    found = deployed.as_said(world.experiment, peers)
+    if found == world.experiment:
+        return None
+    assert assign(found.fleet, 3, 0) and not isinstance(found.fleet, Traces)  # type: ignore[arg-type]
+    assert config.experiment(found.to_table(), "again") == found
+    return {each.name: (each.memory, each.devices) for each in found.fleet}
+
+
+def test_the_fleet_is_what_devices_say(world: World) -> None:
+    drawn = roster_of(world.experiment)
+    weak = drawn.budgets[1].memory_bytes
+    as_drawn = [(drawn.names[i], drawn.budgets[i].memory_bytes) for i in drawn.class_of]
+    assert as_said(world) is as_said(world, ("", None), ("", None)) is as_said(world, *as_drawn) is None
+    assert as_said(world, *[("weak", weak)] * 3) == {"weak": (weak, (0, 1, 2))}
+    assert as_said(world, ("strong", None), ("weak", weak), ("weak", weak)) == {
+        "strong": (None, (0,)),
+        "weak": (weak, (1, 2)),
+    }
+    assert as_said(world, ("pi", 10**6), ("weak", 7), ("pi", 10**6)) == {
+        "pi": (10**6, (0, 2)),
+        "weak of device 1": (7, (1,)),
+    }
+
+
+def test_a_run_is_planned_from_what_devices_say(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in range(3):
+        world.link.nodes[10 + device] = world.settings(device, **{"class-name": "weak", "shard": 2})
+    summary = deployed.play(world.link, {"experiment": str(world.file), "out": str(world.folder), "name": "said"})
+    assert [(row["name"], row["devices"]) for row in summary["classes"]] == [("weak", 3)]
+    assert summary["totals"]["updates"] == 6
+    fleet = config.load_experiment(world.folder / "said" / "config.toml").fleet
+    assert isinstance(fleet, tuple) and fleet[0].devices == (0, 1, 2)
+    train = world.begin()[0].task.train
+    note = f"note: device 0 has {len(train[2])} examples; the plan is made for {len(train[0])}"
+    assert note in capsys.readouterr().out
 
 
 def test_clocks_that_differ_are_told_of(world: World) -> None:
@@ -595,8 +639,6 @@ def test_a_device_refuses_jobs_that_are_not_sound(world: World, change: Any, rea
 def test_the_app_plays_a_run_from_its_run_config(
     world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    made = config.load_experiment(world.file)
-    assert len(assign(made.fleet, 3, 0)) == 3  # type: ignore[arg-type]
     settings = {
         "experiment": str(world.file),
         "overrides": '["rounds=1"]',
@@ -628,7 +670,3 @@ def test_the_app_plays_a_run_from_its_run_config(
 def test_a_run_config_that_is_not_accepted_is_told_of(world: World, change: Table, reason: str) -> None:
     with pytest.raises(UserError, match=reason.replace("?", r"\?")):
         deployed.play(world.link, {"experiment": str(world.file)} | change)
-
-
-def test_time_is_not_played_in_other_tests() -> None:
-    assert flower.time is time

@@ -96,6 +96,7 @@ OPTIONS = {
     "methods": "NAMES --json",
     "pretrain": "FILE --set --json",
     "import": "FOLDER --out --name --force --json",
+    "bench": "WORKLOAD --against --set --rounds --warmup --repeats --workers --tolerance --record --json",
     "export": "RUN --out --dtype --force --json",
 }
 

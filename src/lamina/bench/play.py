@@ -67,7 +67,7 @@ def play(
     Raises:
         PlayError: It failed, or nothing was heard of it for half an hour.
     """
-    log, lines = out / "log.txt", []
+    log, lines = out / "log.txt", list[dict[str, Any]]()
     with open(log, "wb") as errors:
         begun = time.perf_counter()
         process = subprocess.Popen(
@@ -82,22 +82,21 @@ def play(
         first, watch = 0.0, _Watch(process)
         try:
             assert process.stdout
-            for text in process.stdout:
-                line: dict[str, Any] = json.loads(text)
-                first = first or time.perf_counter() - begun
-                lines.append(line)
-                watch.heard()
-                on_round()
+            with process.stdout:
+                for text in process.stdout:
+                    lines.append(json.loads(text))
+                    first = first or time.perf_counter() - begun
+                    watch.heard()
+                    on_round()
             code = process.wait()
         finally:
             watch.stop()
     if watch.silent:
         raise PlayError(f"nothing was heard of it for {_SILENCE_SECONDS:.0f} s")
     if code or len(lines) != rounds:
-        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        raise PlayError(
-            f"ended with exit code {code} after {len(lines)} of {rounds} rounds: {said[-1] if said else ''}"
-        )
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        raise PlayError(f"ended with exit code {code} after {len(lines)} of {rounds} rounds: {last}")
     cpu, wall = ([line[key] for line in lines] for key in ("cpu_seconds", "wall_seconds"))
     return Played(cpu, wall, first, watch.peak_bytes)
 

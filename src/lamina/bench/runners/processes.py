@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 from typing import NamedTuple
 
-_ADOPT = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
+_ADOPT, _END = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG of prctl(2)
 _TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -31,8 +32,13 @@ class Process(NamedTuple):
 
 
 def adopt() -> None:
-    """Become the parent of processes started by this one's children that lose theirs, so that `tree` has them."""
-    ctypes.CDLL(None).prctl(_ADOPT, 1, 0, 0, 0)
+    """Become the parent of processes started by this one's children that lose theirs, and end when its own parent does.
+
+    So `tree` has them all, and none is left when `lamina bench` is killed.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_ADOPT, 1, 0, 0, 0)
+    prctl(_END, signal.SIGTERM, 0, 0, 0)
 
 
 def tree(root: int) -> list[Process]:

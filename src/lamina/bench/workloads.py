@@ -70,6 +70,7 @@ class Workload:
             "rounds": rounds,
             "cohort": self.cohort,
             "workers": workers,
+            "eval_devices": 1,
             "networks": [str(network)],
             "task": {"name": "noise", "devices": self.devices, "examples": self.examples, "window": WINDOW},
             "method": {"name": "caff"},

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lamina import checkpoint, config
 from lamina import run as runs
-from lamina.data.task import Pairs
 
 from .request import EXPERIMENT, Request
 from .rounds import Rounds
@@ -23,8 +20,6 @@ def play(request: Request, rounds: Rounds) -> None:
         RuntimeError: An update was not used.
     """
     run = runs.start(config.load_experiment(request.folder / EXPERIMENT), rounds.out / "runs")
-    nothing = Pairs(np.empty((0, 0), dtype=np.int64), np.empty((0, 0), dtype=np.int64))
-    run.task = replace(run.task, test=[run.task.test[0], *[nothing] * (len(run.task.test) - 1)])
 
     def save(folder: Path) -> None:
         checkpoint.write(folder, *run.deployed(), torch.float32, {})

@@ -160,16 +160,18 @@ def test_frozen_tensors_of_their_own() -> None:
 def test_who_is_stacked_with_whom() -> None:
     network = spec(3)
     jobs = caff_jobs(network, [1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-    found = stacks(jobs, network)
+    shards = [texts(20, seed=seed) for seed in range(30)]
+    found = stacks(jobs, network, shards)
     assert sorted(job.turn.device for stack in found for job in stack) == list(range(len(jobs)))
     assert {len({job.plan for job in stack}) for stack in found} == {1}
     assert [stack[0].turn.device for stack in found] == sorted(stack[0].turn.device for stack in found)
     assert max(map(len, found)) == 3  # an eighth of the cohort, rounded up
     eight_bits = replace(jobs[0].plan, levers=Levers(optimizer="adamw8"))
     alone = [replace(job, plan=eight_bits, local=Local()) for job in jobs[:3]]
-    assert not stackable(alone[0]) and list(map(len, stacks(alone, network))) == [1, 1, 1]
+    assert not stackable(alone[0]) and list(map(len, stacks(alone, network, shards))) == [1, 1, 1]
     assert all(
-        len(stack) == 1 for stack in stacks(caff_jobs(network, [1] * 30, local=Local(batch_size=10_000)), network)
+        len(stack) == 1
+        for stack in stacks(caff_jobs(network, [1] * 30, local=Local(batch_size=10_000)), network, [texts(2000)] * 30)
     )
 
 

@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, models
 from lamina import checkpoint, cli, config, model, tables
 from lamina.data.text import ALPHABET
 from lamina.errors import UserError
-from lamina.experiment import load_task
-from lamina.fleet import assign
+from lamina.experiment import load_task, look_ahead
 
 USERS = tuple(f"user {i}" for i in range(6))
 
@@ -74,8 +73,8 @@ def test_a_run_that_cannot_be_measured_is_refused(table: Table, tmp_path: Path) 
 
 def test_a_class_whose_devices_have_no_test_examples(table: Table, tmp_path: Path, capsys: Any) -> None:
     """Has no accuracy, and all that is printed and written does without; notes of the task are told."""
-    fleet = config.experiment(table, "test").fleet
-    tested = [user for user, group in zip(USERS, assign(fleet, len(USERS), 0), strict=True) if group == 0]
+    class_of = look_ahead(config.experiment(table, "test")).class_of
+    tested = [user for user, group in zip(USERS, class_of, strict=True) if group == 0]
     table["task"]["test_path"] = write_users(tmp_path / "strong.csv", tuple(tested))
     (tmp_path / "tiny-2" / "LICENSE").write_text("free", encoding="utf-8")
     (tmp_path / "tiny.toml").write_text(config.dump(table), encoding="utf-8")

@@ -235,6 +235,19 @@ def test_a_device_gives_back_what_its_plan_trains_and_nothing_else_moves(
     assert bits(server.params) == untouched
 
 
+@every_method
+def test_devices_with_one_plan_start_from_the_same_unless_the_method_says_so(method: Method) -> None:
+    server = Server(method)
+    starts = [
+        [
+            bits(method.encode(server.params, server.spec, plan, replace(server.turn, device=device), server.memory))
+            for plan in server.plans
+        ]
+        for device in (-1, 0, 5)
+    ]
+    assert (starts[0] == starts[1] == starts[2]) != method.own_start
+
+
 def whole(method: Method) -> bool:
     """Whether every device holds a network that runs through all blocks, uncut and with all that others train."""
     network = method.adapt(suited(method, spec(3)))

@@ -254,7 +254,7 @@ def test_states_of_another_version_or_network_are_refused(world: Table, tmp_path
     (folder / "config.toml").write_text(text)
     path = folder / "state.safetensors"
     path.write_bytes(path.read_bytes().replace(run.STATE_SCHEMA.encode(), b"lamina.state/9"))
-    with pytest.raises(UserError, match=r"has state 'lamina\.state/9'; this version reads 'lamina\.state/2'"):
+    with pytest.raises(UserError, match=r"has state 'lamina\.state/9'; this version reads 'lamina\.state/3'"):
         resume(folder)
 
 
@@ -328,6 +328,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
             "name": str,
             "method": str,
             "accuracy": accuracy,
+            "tested_devices": int,
             "personalised": type(None),
             "network": {
                 "chosen": str,
@@ -344,6 +345,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
                         "peak_bytes": int,
                         "peak_moment": str,
                     },
+                    "seconds": float,
                     "plan": str,
                     "levers": list,
                     "trained_blocks": int,
@@ -360,6 +362,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
                 "updates": int,
                 "rejected_updates": int,
                 "abandoned_rounds": int,
+                "clock_seconds": float,
                 "seconds": float,
             },
             "folder": str,

@@ -134,11 +134,10 @@ def test_a_round_is_the_merge_of_what_its_devices_trained(
     assert [row.device for row in rows] == sorted(vote.device for vote in votes)
     assert bits(state.params) == bits(merge(run.state.params, layout, votes, "keep"))
     assert moved(run.state.params, state.params) == set(state.params)
-    assert (state.round, state.changed, state.seen) == (
-        1,
-        dict.fromkeys(state.params, 1),
-        {row.device: dict.fromkeys(state.params, 0) for row in rows},
-    )
+    assert (state.round, state.changed) == (1, dict.fromkeys(state.params, 1))
+    drawn = {row.device for row in rows}
+    for device in range(6):
+        assert state.copies.of(device, len(state.params)).tolist() == [0 if device in drawn else -1] * len(state.params)
     for row in rows:
         price = prices(Caff(), 3)[row.trained_blocks]
         assert row.trained_blocks == {STRONG: 3, WEAK: 1}[row.group]
@@ -152,6 +151,7 @@ def test_a_round_is_the_merge_of_what_its_devices_trained(
         "updates": 5,
         "rejected_updates": 0,
         "abandoned_rounds": 0,
+        "clock_seconds": 0,
     }
 
 
@@ -160,7 +160,7 @@ def test_the_state_before_the_round_is_not_touched(run: Run) -> None:
     play(run)
     assert bits(run.state.params) == before
     assert {k: v for k, v in vars(run.state).items() if k != "params"} == fields
-    assert run.state.seen == {}
+    assert all((run.state.copies.of(device, 3) == -1).all() for device in range(6))
 
 
 @pytest.mark.parametrize("group", [STRONG, WEAK], ids=["strong", "weak"])
@@ -438,7 +438,7 @@ def test_a_device_receives_only_what_changed_since_it_last_took_part(
     fleet = [{"name": "two", "memory": memory(3, 2)}, {"name": "one", "memory": memory(3, 1)}]
     run = begin(world | {"fleet": fleet, "rounds": 4}, tmp_path)
     cohorts = [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 4], [0, 1, 5]]
-    monkeypatch.setattr(server, "draw_cohort", lambda experiment, outlook, round_: cohorts[round_])
+    monkeypatch.setattr(server, "draw_cohort", lambda experiment, outlook, round_, begin: cohorts[round_])
     one = next(d for d in range(4) if run.outlook.class_of[d] == 1)
     heard = [{one}, {0, 1, 2, 3, 4}, set[int](), {0, 1, 5}]
 

@@ -18,6 +18,7 @@ from support import spec, write_world
 
 from lamina import checkpoint, config
 from lamina.cli import app
+from lamina.clock import Clock
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
 from lamina.data.text import ALPHABET
@@ -27,6 +28,7 @@ from lamina.job import Local
 from lamina.methods import METHODS
 from lamina.model import init
 from lamina.pretrain import PretrainImages, PretrainText
+from lamina.traces import Traces
 
 ROOT = Path(__file__).parents[1]
 COMMON = "absent on_infeasible weighting fallback directions zeroth_lr"
@@ -39,7 +41,7 @@ PRETRAIN = (
 KEYS = {
     "": (
         config.Experiment,
-        "name rounds cohort networks seed eval_every workers levers enforce task method local fleet",
+        "name rounds cohort networks seed eval_every eval_devices workers levers enforce task method local fleet clock",
     ),
     "task shakespeare": (
         TASKS["shakespeare"],
@@ -55,6 +57,7 @@ KEYS = {
     ),
     "task images": (TASKS["images"], f"{DEALING} augment path test_path test_fraction size fine label"),
     "task digits": (TASKS["digits"], f"{DEALING} augment size"),
+    "task noise": (TASKS["noise"], "devices examples tests window"),
     "method fedavg": (METHODS["fedavg"], COMMON),
     "method caff": (METHODS["caff"], f"{COMMON} train_head train_embeddings"),
     "method cocofl": (METHODS["cocofl"], f"{COMMON} frozen_bits"),
@@ -83,7 +86,9 @@ KEYS = {
     "method spry": (METHODS["spry"], f"{COMMON} rank alpha targets blocks train_head"),
     "method mezo": (METHODS["mezo"], f"{COMMON} rank alpha targets trains"),
     "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
-    "fleet": (DeviceClass, "name share memory uplink downlink flops"),
+    "fleet": (DeviceClass, "name share memory uplink downlink flops speed up_rate down_rate"),
+    "fleet traces": (Traces, "memory_share classes speed since"),
+    "clock": (Clock, "deadline over_selection min_updates availability available_hours"),
     "pretrain text": (PretrainText, f"{PRETRAIN} text positions"),
     "pretrain images": (PretrainImages, f"{PRETRAIN} images patch augment"),
 }

@@ -12,6 +12,7 @@ import torch
 from lamina import model
 from lamina.data.task import Shard
 from lamina.layout import Params
+from lamina.ops import TORCH, Ops
 from lamina.spec import Spec
 
 _BATCH = 128
@@ -45,26 +46,47 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(spec: Spec, params: Params, shards: Sequence[Shard], scored: int, workers: int = 1) -> Score:
-    """Run the network over all test examples, of which a device may have none; the last `scored` positions count."""
-    rows = [(device, row) for device, shard in enumerate(shards) for row in range(len(shard))]
-    chunks = [np.array(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
-    if not rows:
-        return Score(np.zeros(len(shards), np.int64), np.zeros(len(shards), np.int64))
+def evaluate(
+    spec: Spec,
+    params: Params,
+    shards: Sequence[Shard],
+    scored: int,
+    workers: int = 1,
+    devices: Sequence[int] | np.ndarray | None = None,
+    ops: Ops = TORCH,
+) -> Score:
+    """Run the network over test examples, of which a device may have none; the last `scored` positions count.
+
+    Args:
+        spec: The network.
+        params: Its tensors.
+        shards: Test examples of every device.
+        scored: Positions at the end of each that count.
+        workers: Threads.
+        devices: Whose examples are run, ascending; None: everyone's. Of the others, no prediction is counted.
+        ops: What computes.
+    """
+    counts = np.zeros(len(shards), np.int64)
+    for device in range(len(shards)) if devices is None else devices:
+        counts[device] = len(shards[device])
+    device_of = np.repeat(np.arange(len(shards)), counts)
+    rows = np.stack([device_of, np.arange(len(device_of)) - (np.cumsum(counts) - counts)[device_of]], axis=1)
+    chunks = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+    if not chunks:
+        return Score(counts, counts)
 
     @torch.no_grad()
     def hits(chunk: np.ndarray) -> np.ndarray:
         batches = [shards[device].batch(chunk[chunk[:, 0] == device, 1]) for device in np.unique(chunk[:, 0])]
         inputs, targets_BS = (_joined(part) for part in zip(*batches, strict=True))
-        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), last=scored)
+        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), ops, scored)
         right: np.ndarray = (logits_BSV.argmax(-1).numpy() == targets_BS[:, -scored:]).sum(1)
         return right
 
     with ThreadPoolExecutor(workers) as pool:
         found = np.concatenate(list(pool.map(hits, chunks)))
-    device_of = np.array(rows)[:, 0]
     correct = np.bincount(device_of, weights=found, minlength=len(shards)).astype(np.int64)
-    return Score(correct, scored * np.bincount(device_of, minlength=len(shards)))
+    return Score(correct, scored * counts)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,17 +20,19 @@ def personalise(
     spec: Spec,
     params: Params,
     task: Task,
+    devices: Sequence[int] | np.ndarray,
     local: Local,
     turn: Turn,
     workers: int,
     progress: Callable[[int, int], None],
 ) -> Score:
-    """Accuracy of every device with a network of its own. All tensors train; no budget is looked at.
+    """Accuracy of devices with networks of their own. All tensors train; no budget is looked at.
 
     Args:
         spec: What was deployed.
         params: Its tensors; every device starts from them.
         task: Examples and test windows of every device.
+        devices: Those that are to have one.
         local: How to finetune.
         turn: After the last round.
         workers: Devices computed at a time.
@@ -39,14 +41,16 @@ def personalise(
     names = frozenset(params)
     plan = Plan(names, names, label="everything")
 
+    correct, total = np.zeros((2, len(task.test)), np.int64)
+
     def score(job: Job) -> Score:
         device = job.turn.device
         own = client.train(job.owned(), task.train[device], spec).arrays
         return evaluate(spec, own, [task.test[device]], task.scored)
 
-    turns = (Turn(turn.seed, turn.round, turn.rounds, device) for device in range(len(task.train)))
-    scores = []
-    for each in in_threads(workers, score, [Job(turn, plan, local, params) for turn in turns]):
-        scores.append(each)
-        progress(len(scores), len(task.train))
-    return Score(np.concatenate([each.correct for each in scores]), np.concatenate([each.total for each in scores]))
+    turns = (Turn(turn.seed, turn.round, turn.rounds, int(device)) for device in devices)
+    scores = in_threads(workers, score, (Job(each, plan, local, params) for each in turns))
+    for done, (device, each) in enumerate(zip(devices, scores, strict=True), 1):
+        correct[device], total[device] = each.correct[0], each.total[0]
+        progress(done, len(devices))
+    return Score(correct, total)

@@ -4,15 +4,13 @@ The laws (tested in `tests/test_plan.py`):
     identity   narrowing and merging without training changes nothing, bit for bit
     FedAvg     when every device trains everything, the merge is the weighted mean
     silence    no scalar outside `trains` x `keep` of some device moves, bit for bit
-    order      the result does not depend on the order in which updates arrive
+    order      votes are summed in ascending device order: the order in which updates arrive cannot matter
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
 from typing import Any, Literal, get_args
 
 import torch
@@ -196,48 +194,86 @@ class Vote:
     weight: float
 
 
-def merge(params: Params, layout: Layout, votes: Iterable[Vote], absent: Absent) -> Params:
-    """Overlap mean: each scalar becomes the weighted mean over the devices that trained it.
+class Overlap:
+    """Overlap mean, vote by vote: each scalar becomes the weighted mean over the devices that trained it.
 
     Devices that took part but did not train a scalar stay silent ("skip", as in HeteroFL: the mean is over those that
     trained it) or vote for the old value ("keep": the mean is over all participants; Pfeiffer et al. 2023, CoCoFL,
-    Algorithm 2). Where nobody trained, nothing moves. Sums are float64 in ascending device order, so the order of
-    arrival cannot matter. FedAvg is the case in which all trained all.
+    Algorithm 2). Where nobody trained, nothing moves. FedAvg is the case in which all trained all.
 
-    Args:
-        params: The global tensors before the round.
-        layout: Their layout.
-        votes: One per device that took part.
-        absent: What a device that did not train a scalar says about it.
-
-    Returns:
-        New tensors where anything was trained; the others are the same objects as before.
+    Sums are float64 and are made in ascending device order, so that the order of arrival cannot matter. Nothing is kept
+    of a vote but them.
     """
-    ordered = sorted(votes, key=lambda vote: vote.device)
-    total = reduce(operator.add, (vote.weight for vote in ordered), 0.0)  # as below, where sum() may compensate
-    after = dict(params)
-    for name in layout.params:
-        voters = [vote for vote in ordered if name in vote.plan.trains]
-        if voters:
-            after[name] = _mean(params[name], layout, name, voters, total if absent == "keep" else None)
-    return after
+
+    def __init__(self, params: Params, layout: Layout, absent: Absent) -> None:
+        """Begin without a vote.
+
+        Args:
+            params: The global tensors before the round.
+            layout: Their layout.
+            absent: What a device that did not train a scalar says about it.
+        """
+        self._params, self._layout, self._absent = params, layout, absent
+        self._total, self._last = 0.0, -1
+        self._sums: dict[str, _Sum] = {}
+
+    def add(self, vote: Vote) -> None:
+        """Count a vote.
+
+        Raises:
+            ValueError: It is of a device below that of the last one.
+        """
+        if vote.device < self._last:
+            raise ValueError(f"votes come in ascending order of devices; {vote.device} came after {self._last}")
+        self._last = vote.device
+        self._total += vote.weight
+        for name in vote.plan.trains:
+            found = self._sums.get(name)
+            if found is None:
+                found = self._sums[name] = _Sum(self._params[name])
+            found.add(vote.arrays[name], vote.weight, vote.plan.index(self._layout, name))
+
+    def mean(self) -> Params:
+        """All global tensors: new ones where anything was trained, the others the same objects as before."""
+        total = self._total if self._absent == "keep" else None
+        return self._params | {
+            name: self._sums[name].mean(old, total) for name, old in self._params.items() if name in self._sums
+        }
 
 
-def _mean(old: Tensor, layout: Layout, name: str, voters: list[Vote], total: float | None) -> Tensor:
-    """Mean of one tensor over its voters; with `total`, the weight that is missing there votes for `old`."""
-    sums = torch.full(old.shape, -0.0, dtype=torch.float64)  # -0.0 + x is x for every x, -0.0 included
-    weights = torch.zeros((), dtype=torch.float64)
-    for vote in voters:
-        index = vote.plan.index(layout, name)
-        value = vote.arrays[name].double() * vote.weight
+def merge(params: Params, layout: Layout, votes: Iterable[Vote], absent: Absent) -> Params:
+    """The overlap mean of votes that come one by one, in ascending device order; see `Overlap`.
+
+    Raises:
+        ValueError: They come in another order.
+    """
+    overlap = Overlap(params, layout, absent)
+    for vote in votes:
+        overlap.add(vote)
+    return overlap.mean()
+
+
+class _Sum:
+    """The weighted sum of one tensor over those that trained it, and of their weights."""
+
+    def __init__(self, old: Tensor) -> None:
+        self._sums = torch.full(old.shape, -0.0, dtype=torch.float64)  # -0.0 + x is x for every x, -0.0 included
+        self._weights: Tensor | float = 0.0  # a number while nobody cut it
+
+    def add(self, array: Tensor, weight: float, index: tuple[Tensor, ...] | None) -> None:
+        value = array.double() * weight
         if index is None:
-            sums += value
-            weights = weights + vote.weight
-        else:
-            weights = weights.expand(old.shape).clone()
-            sums[index] += value
-            weights[index] += vote.weight
-    if total is not None:
-        sums += old.double() * (total - weights)
-    mean = sums / (weights if total is None else total)
-    return torch.where(weights > 0, mean.to(old.dtype), old)
+            self._sums += value
+            self._weights += weight
+            return
+        if isinstance(self._weights, float):
+            self._weights = torch.full_like(self._sums, self._weights)
+        self._sums[index] += value
+        self._weights[index] += weight
+
+    def mean(self, old: Tensor, total: float | None) -> Tensor:
+        """With `total`, the weight that is missing there votes for `old`."""
+        weights = torch.as_tensor(self._weights, dtype=torch.float64)
+        sums = self._sums if total is None else self._sums.add(old.double() * (total - weights))
+        mean = sums / (weights if total is None else total)
+        return torch.where(weights > 0, mean.to(old.dtype), old)

@@ -18,33 +18,42 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.numpy import save
+from safetensors.torch import load_file
 
 from lamina import __version__, checkpoint, config, files, imports, model, networks, tables
+from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.engines import Engine
 from lamina.engines.local import LocalEngine
+from lamina.engines.prefix import Prefixes
+from lamina.engines.stacked import StackedEngine
 from lamina.errors import UserError
 from lamina.experiment import Outlook, load_task, look_ahead
+from lamina.fleet import quantity
 from lamina.job import Turn
 from lamina.layout import Params
 from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
+from lamina.ops import TORCH
 from lamina.personal import personalise
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
-from lamina.state import State
+from lamina.stack import Stacked
+from lamina.state import Copies, State
 from lamina.turn import generator
 
-SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/2"
+SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/3"
 _LINES = ("rounds.jsonl", "devices.jsonl")
 _BITS = ("lamina", "torch", "machine")
 
@@ -63,6 +72,7 @@ class RoundRow:
         down_bytes: Received by all.
         flops: Computed by all.
         seconds: Wall time, evaluation included.
+        clock_seconds: What the virtual clock shows at the end of the round.
     """
 
     round: int
@@ -74,6 +84,7 @@ class RoundRow:
     down_bytes: int
     flops: int
     seconds: float
+    clock_seconds: float
 
 
 @dataclass
@@ -89,6 +100,15 @@ class Run:
     after: Score | None = None
     own: Score | None = None
     seconds: float = 0.0
+    prefixes: Prefixes | None = None
+
+    @property
+    def _stacks(self) -> bool:
+        return self.experiment.engine == "auto" and not self.experiment.enforce
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.experiment.precision]
 
     @property
     def workers(self) -> int:
@@ -96,8 +116,17 @@ class Run:
         return self.experiment.workers or usable_cores()
 
     def score(self) -> Score:
-        """Accuracy of the global network now."""
-        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers)
+        """Accuracy of the global network now, on the test examples of `tested`."""
+        ops = Stacked(self._dtype) if self._stacks else TORCH
+        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers, self.tested, ops)
+
+    @cached_property
+    def tested(self) -> np.ndarray:
+        """Devices that are evaluated, ascending, int64: those with test examples, or a sample of them for the run."""
+        found = np.flatnonzero([len(shard) > 0 for shard in self.task.test])
+        most = self.experiment.eval_devices or len(found)
+        rng = generator(self.experiment.seed, "tested")
+        return found if most >= len(found) else np.sort(rng.choice(found, most, replace=False))
 
     def deployed(self) -> tuple[Spec, Params]:
         """The network that the method hands out now."""
@@ -144,15 +173,21 @@ class Run:
         if local is None:
             return None
         turn = Turn(self.experiment.seed, self.experiment.rounds, self.experiment.rounds)
-        return personalise(*self.deployed(), self.task, local, turn, self.workers, on_progress)
+        return personalise(*self.deployed(), self.task, self.tested, local, turn, self.workers, on_progress)
 
     def _engine(self) -> Engine:
-        spec, shards, outlook = self.outlook.chosen.spec, self.task.train, self.outlook
-        if self.experiment.enforce:
+        experiment, spec, shards, outlook = self.experiment, self.outlook.chosen.spec, self.task.train, self.outlook
+        if experiment.enforce:
             from lamina.engines.enforced import EnforcedEngine
 
             budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
             return EnforcedEngine(spec, shards, budgets, min(self.workers, self.experiment.cohort))
+        if self._stacks:
+            ram_bytes, disk_bytes = (
+                each and quantity("bytes", each) for each in (experiment.prefix_ram, experiment.prefix_disk)
+            )
+            self.prefixes = Prefixes(int(ram_bytes), int(disk_bytes))
+            return StackedEngine(spec, shards, self.workers, self.prefixes, self._dtype)
         return LocalEngine(spec, shards, self.workers)
 
     def _evaluate_if_due(self) -> Score | None:
@@ -174,11 +209,12 @@ class Run:
             down_bytes=sum(row.down_bytes for row in rows),
             flops=sum(row.flops for row in rows),
             seconds=round(seconds, 3),
+            clock_seconds=self.state.totals["clock_seconds"],
         )
 
     def _readable(self, row: DeviceRow) -> dict[str, Any]:
         names = {"name": self.task.names[row.device], "class": self.outlook.groups[row.group].name}
-        return names | {key: value for key, value in asdict(row).items() if key != "group"}
+        return names | {key: value for key, value in vars(row).items() if key != "group"}
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -192,16 +228,21 @@ class Run:
         now = time.perf_counter()
         self.seconds += now - tick
         data, tensors = self.state.pack()
+        scores = {"before": self.before} | ({"after": self.after} if self.after else {})
+        tensors |= {
+            f"score:{when}": torch.from_numpy(np.stack([score.correct, score.total])) for when, score in scores.items()
+        }
         manifest = data | {
             "schema": STATE_SCHEMA,
-            "before": _score_json(self.before),
-            "after": _score_json(self.after) if self.after else None,
+            "scores": list(scores),
             "seconds": self.seconds,
             "lengths": {name: _length(self.folder / name) for name in _LINES},
             "sha256": _digest(tensors),
             "task_sha256": self.task.digest,
+            "availability_sha256": self.outlook.availability.digest,
         }
-        content = save(tensors, metadata={"manifest": json.dumps(manifest)})
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        content = save(arrays, metadata={"manifest": json.dumps(manifest)})
         files.write(self.folder / "state.safetensors", content)
         return now
 
@@ -230,19 +271,34 @@ class Run:
             "name": self.experiment.name,
             "method": self.experiment.to_table()["method"]["name"],
             "accuracy": _accuracies(self.before, self.after),
+            "tested_devices": len(self.tested),
             "personalised": self.own.accuracy() if self.own else None,
             "network": self.outlook.network_json(),
+            "engine": self._engine_json(),
             "classes": classes,
             "totals": totals,
             "folder": str(self.folder),
         }
 
+    def _engine_json(self) -> dict[str, Any]:
+        """How the rounds were computed since the run was started, or resumed."""
+        kept, experiment = self.prefixes, self.experiment
+        blocks = kept.found + kept.made if kept else 0
+        return {
+            "name": experiment.engine if self._stacks or not experiment.enforce else "enforced",
+            "precision": experiment.precision,
+            "prefix_reused": kept.found / blocks if kept and blocks else None,
+        }
+
     def _coverage(self) -> list[float]:
         """Share of usable updates that trained each block."""
-        lines = [json.loads(line) for line in (self.folder / "devices.jsonl").read_text().splitlines()]
-        trained = [line["blocks"] for line in lines if line["loss"] is not None]
-        blocks = range(self.outlook.chosen.spec.blocks)
-        return [sum(block in each for each in trained) / max(1, len(trained)) for block in blocks]
+        trained, updates = Counter[int](), 0
+        with open(self.folder / "devices.jsonl", encoding="utf-8") as file:
+            for line in map(json.loads, file):
+                if line["loss"] is not None:
+                    trained.update(line["blocks"])
+                    updates += 1
+        return [trained[block] / max(1, updates) for block in range(self.outlook.chosen.spec.blocks)]
 
 
 def start(experiment: Experiment, root: Path, name: str = "") -> Run:
@@ -325,7 +381,10 @@ def _anchored(experiment: Experiment) -> Experiment:
     for key in ("path", "test_path"):
         if getattr(task, key, None) is not None:
             task = replace(task, **{key: str(Path(getattr(task, key)).absolute())})
-    return replace(experiment, networks=tuple(names), task=task)
+    clock = experiment.clock
+    if clock.availability not in MODELS:
+        clock = replace(clock, availability=str(Path(clock.availability).absolute()))
+    return replace(experiment, networks=tuple(names), task=task, clock=clock)
 
 
 def _prepare(experiment: Experiment) -> Run:
@@ -364,7 +423,7 @@ def first_state(experiment: Experiment, outlook: Outlook, task: Task) -> State:
         ).items()
     }
     changed = dict.fromkeys([*params, *(f"memory:{name}" for name in memory)], 0)
-    return State(0, params, changed, {}, memory)
+    return State(0, params, changed, Copies.none(len(outlook.class_of)), memory)
 
 
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:
@@ -388,28 +447,23 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
         raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
     if manifest["task_sha256"] != run.task.digest:
         raise UserError(f"the data is not what it was when the run in {run.folder} was stopped")
+    if manifest["availability_sha256"] != run.outlook.availability.digest:
+        raise UserError(f"clock.availability is not what it was when the run in {run.folder} was stopped")
     tensors = load_file(run.folder / "state.safetensors")
-    if tensors.keys() ^ set(manifest["tensors"]) or _digest(tensors) != manifest["sha256"]:
+    names = {*manifest["tensors"], *(f"score:{when}" for when in manifest["scores"])}
+    if tensors.keys() ^ names or _digest(tensors) != manifest["sha256"]:
         raise UserError(f"the state in {run.folder} is damaged: its tensors are not those that were written")
     state = State.unpack(manifest, tensors)
     if {n: p.shape for n, p in state.params.items()} != {n: p.shape for n, p in run.state.params.items()}:
         raise UserError(f"the state in {run.folder} is of another network than its config.toml gives")
     run.state = state
-    run.before = _score(manifest["before"])
-    run.after = _score(manifest["after"]) if manifest["after"] else None
+    scores = {when: Score(*tensors[f"score:{when}"].numpy()) for when in manifest["scores"]}
+    run.before, run.after = scores["before"], scores.get("after")
     run.seconds = manifest["seconds"]
 
 
 def _accuracies(before: Score, after: Score) -> dict[str, dict[str, float]]:
     return {"before": before.accuracy(), "after": after.accuracy()}
-
-
-def _score_json(score: Score) -> dict[str, list[int]]:
-    return {"correct": score.correct.tolist(), "total": score.total.tolist()}
-
-
-def _score(data: dict[str, list[int]]) -> Score:
-    return Score(np.array(data["correct"]), np.array(data["total"]))
 
 
 def _length(path: Path) -> int:

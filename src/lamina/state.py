@@ -6,11 +6,57 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from lamina.layout import Params
 
-TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds")
+TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds", "clock_seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Which version of the server's tensors each device has received.
+
+    Devices that have received the same share a row: how much there is to keep depends on how they differ, and hardly on
+    how many they are.
+
+    Attributes:
+        rows: The last version received of each tensor, in the order of `State.changed`, int32 [rows, tensors]; -1:
+            none. Tensors that came to the server later may be missing at the end.
+        row_of: Row of each device, int32 [devices].
+    """
+
+    rows: np.ndarray
+    row_of: np.ndarray
+
+    @staticmethod
+    def none(devices: int) -> Copies:
+        """Before the first round."""
+        return Copies(np.empty((1, 0), np.int32), np.zeros(devices, np.int32))
+
+    def of(self, device: int, tensors: int) -> np.ndarray:
+        """Versions that a device has received of so many tensors, int32 [tensors]."""
+        found = np.full(tensors, -1, np.int32)
+        found[: self.rows.shape[1]] = self.rows[self.row_of[device]]
+        return found
+
+    def after(self, received: Mapping[int, np.ndarray], versions: np.ndarray) -> Copies:
+        """Once devices have received tensors.
+
+        Args:
+            received: Device -> indices of the tensors.
+            versions: Of all tensors on the server, int32 [tensors].
+        """
+        row_of, made = self.row_of.copy(), dict[bytes, int]()
+        for device, tensors in received.items():
+            row = self.of(device, len(versions))
+            row[tensors] = versions[tensors]
+            row_of[device] = made.setdefault(row.tobytes(), len(self.rows) + len(made))
+        new = np.frombuffer(b"".join(made), np.int32).reshape(len(made), len(versions))
+        old = np.pad(self.rows, ((0, 0), (0, len(versions) - self.rows.shape[1])), constant_values=-1)
+        used, row_of = np.unique(row_of, return_inverse=True)  # rows that nobody has any more are dropped
+        return Copies(np.concatenate([old, new])[used], row_of.astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -20,8 +66,9 @@ class State:
     Attributes:
         round: Rounds done.
         params: Global tensors.
-        changed: Tensor -> the round after which it last changed; 0 at first. "memory:name" of what is in memory.
-        seen: Device -> tensor -> the round before which it last received it.
+        changed: Tensor -> its version: the round after which it last changed; 0 at first. "memory:name" of what is in
+            memory.
+        copies: What devices have received.
         memory: What the server keeps for the method besides the network.
         devices: What devices keep for the method between rounds: on their own disks, but for the simulation.
         totals: What the run has cost so far.
@@ -30,23 +77,20 @@ class State:
     round: int
     params: Params
     changed: Mapping[str, int]
-    seen: Mapping[int, Mapping[str, int]]
+    copies: Copies
     memory: Params = field(default_factory=dict)
     devices: Mapping[int, Params] = field(default_factory=dict)
-    totals: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
+    totals: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
 
     def pack(self) -> tuple[dict[str, Any], Params]:
         """Plain data and tensors that make up the state; `unpack` gives the same state back."""
-        keys = list(self.changed)
-        rows = [[seen.get(key, -1) for key in keys] for seen in self.seen.values()]
         tensors = dict(self.params) | {f"memory:{name}": tensor for name, tensor in self.memory.items()}
         for device, kept in self.devices.items():
             tensors |= {f"device:{device}:{name}": tensor for name, tensor in kept.items()}
-        tensors["seen:"] = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), len(keys))
+        tensors |= {f"copies:{key}": torch.from_numpy(getattr(self.copies, key)) for key in ("rows", "row_of")}
         data = {
             "round": self.round,
             "changed": self.changed,
-            "seen": list(self.seen),
             "tensors": list(tensors),
             "totals": self.totals,
         }
@@ -56,7 +100,7 @@ class State:
     def unpack(data: Mapping[str, Any], tensors: Params) -> State:
         """The state written by `pack`."""
         ordered = {name: tensors[name] for name in data["tensors"]}  # safetensors sorts names its own way
-        rows = ordered.pop("seen:").tolist()
+        copies = Copies(*(ordered.pop(f"copies:{key}").numpy() for key in ("rows", "row_of")))
         params, memory, devices = {}, {}, dict[int, Params]()
         for name, tensor in ordered.items():
             kind, colon, rest = name.partition(":")
@@ -67,8 +111,4 @@ class State:
             else:
                 device, _, of_device = rest.partition(":")
                 devices.setdefault(int(device), {})[of_device] = tensor
-        seen = {
-            device: {key: when for key, when in zip(data["changed"], row, strict=True) if when >= 0}
-            for device, row in zip(data["seen"], rows, strict=True)
-        }
-        return State(data["round"], params, dict(data["changed"]), seen, memory, devices, dict(data["totals"]))
+        return State(data["round"], params, dict(data["changed"]), copies, memory, devices, dict(data["totals"]))

@@ -2,6 +2,7 @@
 
 from lamina.data.digits import Digits
 from lamina.data.images import Images
+from lamina.data.noise import Noise
 from lamina.data.shakespeare import Shakespeare
 from lamina.data.streams import Text
 from lamina.data.task import TaskTable
@@ -13,4 +14,5 @@ TASKS: dict[str, type[TaskTable]] = {
     "text-classification": TextClassification,
     "images": Images,
     "digits": Digits,
+    "noise": Noise,
 }

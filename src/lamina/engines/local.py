@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from lamina import client
@@ -15,10 +16,19 @@ T = TypeVar("T")
 
 
 def in_threads(workers: int, train: Callable[[Job], T], jobs: Iterable[Job]) -> Iterator[T]:
-    """What becomes of each job, in their order, `workers` at a time; what was not begun when one fails is dropped."""
+    """What becomes of each job, in their order, `workers` at a time; what was not begun when one fails is dropped.
+
+    Jobs are taken a few ahead of what has been asked for, so that no more are ever at hand.
+    """
     with ThreadPoolExecutor(workers) as pool:
+        begun = deque[Future[T]]()
         try:
-            yield from pool.map(train, jobs)
+            for job in jobs:
+                begun.append(pool.submit(train, job))
+                if len(begun) > 2 * workers:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 

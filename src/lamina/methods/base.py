@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -85,6 +85,8 @@ class Method:
     """What a device keeps between rounds, for people; "" if nothing."""
     lossy: ClassVar[bool] = False
     """Whether what a device gets is not the server's network, so that training nothing changes it all the same."""
+    own_start: ClassVar[bool] = False
+    """Whether devices with the same plan start from tensors of their own, rather than all from the same."""
 
     for_fleet: ClassVar[bool] = False
     """Whether plans are settled before the first round, by the budgets of all devices; then there is no fallback."""
@@ -160,7 +162,11 @@ class Method:
         return next(feasible, None)
 
     def encode(self, params: Params, spec: Spec, plan: Plan, turn: Turn, memory: Params) -> Params:
-        """What a device gets: by default its part of the global tensors, shared and not copied where uncut."""
+        """What a device gets: by default its part of the global tensors, shared and not copied where uncut.
+
+        The turn is the server's, and one answer may do for all devices with the same plan; with `own_start` the turn is
+        the device's.
+        """
         return narrow(params, model.layout(spec), plan)
 
     def sends(self, spec: Spec, plan: Plan, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -182,9 +188,18 @@ class Method:
         return float(update.examples) if self.weighting == "examples" else 1.0
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
-        """Global tensors and memory after a round in which somebody voted; by default the overlap mean."""
+        """Global tensors and memory after a round in which somebody voted; by default the overlap mean.
+
+        Args:
+            params: Before the round.
+            spec: As in `plans`.
+            votes: At least one, in ascending order of devices. They come once, as the updates come: a cohort may be too
+                large to keep.
+            turn: The server's.
+            memory: Before the round.
+        """
         return merge(params, model.layout(spec), votes, self.absent), memory
 
     def deploy(self, spec: Spec, params: Params, turn: Turn, memory: Params) -> tuple[Spec, Params]:

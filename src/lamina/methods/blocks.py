@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -222,7 +222,7 @@ class Alf(Method):
             yield Plan(frozenset(layout.params), layout.tail(trained) - fixed, label=label)
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
         """The overlap mean; then every unit that moved is judged."""
         after, _ = super().merge(params, spec, votes, turn, memory)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, takewhile
@@ -200,16 +201,22 @@ class DepthFL(_FromBelow):
         return arrays, state
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
         """The means, and with FedDyn a step beyond them."""
-        after, _ = super().merge(params, spec, votes, turn, memory)
+        voters = Counter[str]()
+
+        def counted() -> Iterator[Vote]:
+            for vote in votes:
+                voters.update(params if self.absent == "keep" else vote.plan.trains)
+                yield vote
+
+        after, _ = super().merge(params, spec, counted(), turn, memory)
         if not self.alpha:
             return after, memory
         linear = dict(memory)
         for name in (name for name, mean in after.items() if mean is not params[name]):
-            count = sum(self.absent == "keep" or name in vote.plan.trains for vote in votes)
-            step = self.alpha * count / int(memory["devices"]) * (after[name].double() - params[name].double())
+            step = self.alpha * voters[name] / int(memory["devices"]) * (after[name].double() - params[name].double())
             linear[name] = (memory[name].double() - step).float()
             after[name] = (after[name].double() - linear[name].double() / self.alpha).float()
         return after, linear

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from lamina.job import Job, Turn, Update
 from lamina.layout import Params
 from lamina.methods.base import suffix_label
 from lamina.methods.lora import FedLora, Ranked, linears
-from lamina.plan import Plan, Vote, merge, narrow
+from lamina.plan import Overlap, Plan, Vote, narrow
 from lamina.spec import Spec
 
 if TYPE_CHECKING:
@@ -40,13 +40,17 @@ class FedExLora(FedLora):
     source: ClassVar[str] = "Singhal et al. 2025"
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
         """The means of the factors, and the correction of the weights."""
         layout = model.layout(spec)
-        after, memory = super().merge(params, spec, votes, turn, memory)
-        before, asked = additions(spec, params), [_of_products(vote, additions(spec, vote.arrays)) for vote in votes]
-        wanted, found = merge(before, layout, asked, self.absent), additions(spec, after)
+        before = additions(spec, params)
+        factors, products = Overlap(params, layout, self.absent), Overlap(before, layout, self.absent)
+        for vote in votes:
+            factors.add(vote)
+            products.add(_of_products(vote, additions(spec, vote.arrays)))
+        after, wanted = factors.mean(), products.mean()
+        found = additions(spec, after)
         for name in before:
             if wanted[name] is not before[name]:
                 correction = (wanted[name] - found[name]).reshape(layout.shape(name))
@@ -100,6 +104,7 @@ class Flora(_Whole):
     """
 
     source: ClassVar[str] = "Wang et al. 2024"
+    own_start: ClassVar[bool] = True
     cuts: ClassVar[str] = "training of the weights themselves, and the rank of what is added"
     note: ClassVar[str] = "As lora; ranks hardly change the peak. A download is the whole of the changed weights."
 
@@ -153,7 +158,7 @@ class FlexLora(_Whole):
         return narrow(params | made, layout, plan)
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
         """The mean of the products, and its singular values."""
         layout = model.layout(self._network(spec))

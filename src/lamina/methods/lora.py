@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -265,14 +265,14 @@ class HetLora(Ranked):
         return super().finish(job, params, aside, ops)
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
         """The mean with zeros for missing ranks, weighted by size; ranks of devices that dropped some."""
         layout = model.layout(spec)
-        ordered = sorted(votes, key=lambda vote: vote.device)
-        after, _ = super().merge(params, spec, ordered, turn, memory)
+        votes = list(votes)
+        after, _ = super().merge(params, spec, votes, turn, memory)
         for linear in linears(layout.params):
-            voters = [vote for vote in ordered if f"{linear}.lora_a" in vote.arrays]
+            voters = [vote for vote in votes if f"{linear}.lora_a" in vote.arrays]
             sizes = [product_norm(vote.arrays, linear) for vote in voters]
             weights = sizes if any(sizes) else [vote.weight for vote in voters]
             for name in (f"{linear}.lora_a", f"{linear}.lora_b") if voters else ():
@@ -281,7 +281,7 @@ class HetLora(Ranked):
                     total[vote.plan.index(layout, name)] += weight * vote.arrays[name].double()
                 after[name] = (total / math.fsum(weights)).to(params[name].dtype)
         ranks = memory["ranks"].clone()
-        for vote in ordered:
+        for vote in votes:
             first = self._first(vote.plan)
             tails = [vote.arrays[f"{linear}.lora_a"][first:] for linear in linears(vote.arrays)]
             if first < vote.plan.keep[_RANK].count and not any(tail.any() for tail in tails):

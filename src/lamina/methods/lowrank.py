@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -17,7 +17,7 @@ from lamina.job import Job, Turn, Update
 from lamina.layout import Axis, Params
 from lamina.methods.base import Method, grouped, share, suffix_label
 from lamina.ops import Ops
-from lamina.plan import Plan, Vote, merge
+from lamina.plan import Overlap, Plan, Vote
 from lamina.spec import LINEARS, Factored, Spec, as_matrix
 
 if TYPE_CHECKING:
@@ -144,17 +144,23 @@ class FedHM(Method):
         return Ranked(vote.device, whole, arrays, vote.weight, self._ranks(spec)[network.factored.rank])
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
         """The mean of whole weights, of the global network too where all votes are of low rank."""
+        if self.history or self.dynamic:
+            votes = self._weighed(list(votes), params)
+        return super().merge(params, spec, votes, turn, memory)
+
+    def _weighed(self, votes: list[Vote], params: Params) -> list[Vote]:
+        """With that of the global network, if it has one; and with weights that fall with the rank, if they do."""
         ratios = [vote.ratio if isinstance(vote, Ranked) else 1 for vote in votes]
         if self.history and min(ratios) > 1:
             weight = fmean(vote.weight for vote in votes)
-            votes, ratios = [*votes, Vote(-1, votes[0].plan, params, weight)], [*ratios, 1]
-        if self.dynamic:
-            shares = [math.exp((min(ratios) - ratio) / self.temperature) for ratio in ratios]
-            votes = [replace(vote, weight=vote.weight * each) for vote, each in zip(votes, shares, strict=True)]
-        return super().merge(params, spec, votes, turn, memory)
+            votes, ratios = [Vote(-1, votes[0].plan, params, weight), *votes], [1, *ratios]
+        if not self.dynamic:
+            return votes
+        shares = [math.exp((min(ratios) - ratio) / self.temperature) for ratio in ratios]
+        return [replace(vote, weight=vote.weight * each) for vote, each in zip(votes, shares, strict=True)]
 
     def pull(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> None:
         """Frobenius decay of the product: lambda C (B B') and lambda (C' C) B; lambda W where it is whole."""
@@ -313,15 +319,22 @@ class Flanc(Method):
         return {name: memory[f"{width:g}/{name}"] for name in _own(network)}
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
         """The mean of the bases over all votes, of the rest over those of each width."""
         bases = frozenset(model.layout(spec).params) - _own(spec)
-        after = merge(params, model.layout(spec), [_only(vote, bases) for vote in votes], self.absent)
-        kept = dict(memory)
+        shared = Overlap(params, model.layout(spec), self.absent)
+        of_width = {
+            network: Overlap(self._held(params, spec, network, memory), model.layout(network), self.absent)
+            for network in self.networks(spec).values()
+        }
+        for vote in votes:
+            shared.add(_only(vote, bases))
+            network = vote.plan.runs(spec)
+            of_width[network].add(_only(vote, _own(network)))
+        after, kept = shared.mean(), dict(memory)
         for width, network in self.networks(spec).items():
-            voters = [_only(vote, _own(network)) for vote in votes if vote.plan.runs(spec) == network]
-            own = merge(self._held(params, spec, network, memory), model.layout(network), voters, self.absent)
+            own = of_width[network].mean()
             if network == spec:
                 after |= own
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import ClassVar
@@ -92,7 +92,7 @@ class SLora(FedLora):
         return super().encode(self._stage(params, spec, turn.round, turn), spec, plan, turn, memory)
 
     def merge(
-        self, params: Params, spec: Spec, votes: Sequence[Vote], turn: Turn, memory: Params
+        self, params: Params, spec: Spec, votes: Iterable[Vote], turn: Turn, memory: Params
     ) -> tuple[Params, Params]:
         """The mean; after the last round of stage 1 its approximation."""
         after, memory = super().merge(self._stage(params, spec, turn.round, turn), spec, votes, turn, memory)

@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from lamina.clock import Clock
 from lamina.config import Experiment
 from lamina.data import TASKS
 from lamina.fleet import DeviceClass
@@ -17,6 +18,7 @@ from lamina.job import Local
 from lamina.methods import METHODS
 from lamina.methods.about import meanings, readable, written
 from lamina.pretrain import PretrainImages, PretrainText
+from lamina.traces import Traces
 
 INTRO = """# Keys of the TOML files
 
@@ -38,12 +40,13 @@ COMPARISON = """## Top level of a comparison
 
 def page() -> str:
     """The whole page."""
-    tables = ("task", "method", "local", "fleet")
+    tables = ("task", "method", "local", "fleet", "clock")
     parts = [INTRO, section("Top level of an experiment", Experiment, leave_out=tables)]
     parts += [COMPARISON]
     parts += [section(f'`[task]` with `name = "{name}"`', cls) for name, cls in TASKS.items()]
     parts += [section(f'`[method]` with `name = "{name}"`', cls) for name, cls in METHODS.items()]
     parts += [section("`[local]`", Local), section("`[[fleet]]`, one per device class", DeviceClass)]
+    parts += [section('`[fleet]` with `name = "traces"`', Traces), section("`[clock]`", Clock)]
     parts += [section(f"`lamina pretrain` from {cls.source}", cls) for cls in (PretrainText, PretrainImages)]
     return "\n".join(parts)
 

@@ -140,10 +140,18 @@ def test_a_delete_character_is_dumped_too() -> None:
     tomllib.loads(dump({"name": "a\x7f"}))
 
 
-TOP = "name, rounds, cohort, networks, seed, eval_every, eval_devices, workers, levers, enforce, task, method, local"
-TOP += ", fleet"
+TOP = (
+    "name, rounds, cohort, networks, seed, eval_every, eval_devices, workers, levers, enforce, task, method, local, "
+    "fleet, clock"
+)
 METHOD_NAMES = ", ".join(METHODS)
-FLEET_KEYS = "name, share, memory, uplink, downlink, flops"
+FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate"
+CLOCK_KEYS = "deadline, over_selection, min_updates, availability, available_hours"
+RATE, SPEED = (f"must be a rate above 0, such as {each}" for each in ('"4 Mbit/s" or "1 MB/s"', '"20 GFLOP/s"'))
+TIMELESS = (
+    "clock.deadline, clock.over_selection and clock.availability need devices that take time: give classes speed, "
+    'up_rate or down_rate, or take fleet = "traces"'
+)
 QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
 
 
@@ -203,7 +211,36 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         ("name=''", ": name must be a plain file name, got ''"),
         ("method.train_head=1", ": [method] caff: train_head = 1 is not accepted: Input should be a valid boolean"),
         ("local=3", ": [local] must be a table, got 3"),
-        ("fleet=3", ": fleet must be written as [[fleet]] tables, one per device class"),
+        ("fleet=3", ': fleet must be written as [[fleet]] tables, one per device class, or be "traces"'),
+        ("fleet=trace", ': fleet must be written as [[fleet]] tables, one per device class, or be "traces"'),
+        ("fleet={classes=3}", ': fleet must be written as [[fleet]] tables, one per device class, or be "traces"'),
+        (
+            "fleet={name='traces', class=3}",
+            ": [fleet] traces: unknown key 'class'; did you mean 'classes'? accepted: memory_share, classes, speed, "
+            "since",
+        ),
+        (
+            "fleet={name='traces', since=2030}",
+            ": [fleet] traces: since must be at most 2019, the year of the latest phones; got 2030",
+        ),
+        ("fleet={name='traces', classes=0}", ": [fleet] traces: classes must be at least 1, got 0"),
+        (
+            "fleet={name='traces', memory_share=0}",
+            ": [fleet] traces: memory_share must be above 0 and at most 1, got 0.0",
+        ),
+        ("fleet={name='traces', speed='2 GB/s'}", f": [fleet] traces: speed {SPEED}; got '2 GB/s'"),
+        ("fleet.weak.speed='2 GFLOP'", f": [[fleet]] 1: speed {SPEED}; got '2 GFLOP'"),
+        ("fleet.weak.up_rate='4 Mbps'", f": [[fleet]] 1: up_rate {RATE}; got '4 Mbps'"),
+        ("fleet.weak.up_rate=4000", ": [[fleet]] 1: up_rate = 4000 is not accepted: Input should be a valid string"),
+        ("clock.dedline=3", f": [clock]: unknown key 'dedline'; did you mean 'deadline'? accepted: {CLOCK_KEYS}"),
+        ("clock.deadline=-1", ": [clock]: deadline must be finite and not negative, got -1.0"),
+        ("clock.over_selection=0.9", ": [clock]: over_selection must be from 1 to 100, got 0.9"),
+        ("clock.min_updates=0", ": [clock]: min_updates must be at least 1, got 0"),
+        ("clock.available_hours=0", ": [clock]: available_hours must be above 0 and at most 24, got 0.0"),
+        ("clock.min_updates=9", ": clock.min_updates = 9 is more than the cohort of 1"),
+        ("clock.deadline=3", f": {TIMELESS}"),
+        ("clock.over_selection=1.3", f": {TIMELESS}"),
+        ("clock.availability=diurnal", f": {TIMELESS}"),
         ("fleet=[3]", ": [[fleet]] 1 must be a table, got 3"),
         ("fleet=[]", ": [[fleet]] needs at least one class, each with a name of its own; got []"),
         (
@@ -309,7 +346,9 @@ def test_overrides_make_tables_and_the_last_one_wins(file: Path) -> None:
 
 
 def test_the_order_of_fleet_classes_is_kept(file: Path) -> None:
-    assert [each.name for each in load_experiment(file).fleet] == ["weak", "strong"]
+    fleet = load_experiment(file).fleet
+    assert isinstance(fleet, tuple)
+    assert [each.name for each in fleet] == ["weak", "strong"]
 
 
 def test_pretraining_files_are_read_as_strictly(tmp_path: Path) -> None:

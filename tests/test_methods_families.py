@@ -16,13 +16,15 @@ from support import LOCAL, STEPS, bits, moved, weights
 from test_methods import TENSORS_OF_OTHERS
 
 from lamina import client, measure, model
+from lamina.availability import availability
+from lamina.clock import Clock
 from lamina.config import Experiment
 from lamina.cost import Cost, cost
 from lamina.data.task import Pairs, Task
 from lamina.engines.local import LocalEngine
 from lamina.estimators import PROJECTED, unfold
 from lamina.experiment import Outlook
-from lamina.fleet import Budget
+from lamina.fleet import Budget, DeviceClass, roster
 from lamina.job import Job, Turn, Update
 from lamina.layout import Params
 from lamina.methods import METHODS, Method
@@ -34,6 +36,7 @@ from lamina.server import play_round
 from lamina.spec import Spec
 from lamina.state import Copies, State
 
+RATES, ALWAYS = roster([DeviceClass("all")], 4, 0).rates, availability("always", 8.0, 4, 0)
 FAMILIES = ("bert", "vit", "llama", "qwen3", "dinov2")
 every_pair = pytest.mark.parametrize(
     ("name", "family"),
@@ -162,13 +165,14 @@ class World:
         groups = (Group("strong", 2, Budget()), Group("weak", 2, Budget(memory_bytes=cheapest)))
         candidate = assess(self.method, self.family, bare, groups, LOCAL, TOKENS, STEPS, rounds=3)
         assert candidate.feasible
-        self.outlook = Outlook([0, 1, 0, 1], groups, (candidate,), candidate, Path(), STEPS)
+        self.outlook = Outlook([0, 1, 0, 1], groups, (candidate,), candidate, Path(), STEPS, RATES, ALWAYS)
         self.experiment = cast(
             Experiment,
             SimpleNamespace(
                 seed=0,
                 rounds=3,
                 cohort=4,
+                clock=Clock(),
                 method=self.method,
                 local=LOCAL,
                 levers="none",

@@ -42,7 +42,7 @@ def test_methods_stand_by_group() -> None:
 def shown_plans() -> list[tuple[str, list[str]]]:
     """Each `lamina plan` that the pages show, with the lines that they show of it; "..." leaves some out."""
     found: list[tuple[str, list[str]]] = []
-    for page in (README, ROOT / "docs" / "levers.md"):
+    for page in (README, ROOT / "docs" / "levers.md", ROOT / "docs" / "clock.md"):
         for block in re.findall(r"^```\w*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             command = None
             for line in block.splitlines():

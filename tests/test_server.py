@@ -151,6 +151,7 @@ def test_a_round_is_the_merge_of_what_its_devices_trained(
         "updates": 5,
         "rejected_updates": 0,
         "abandoned_rounds": 0,
+        "clock_seconds": 0,
     }
 
 
@@ -437,7 +438,7 @@ def test_a_device_receives_only_what_changed_since_it_last_took_part(
     fleet = [{"name": "two", "memory": memory(3, 2)}, {"name": "one", "memory": memory(3, 1)}]
     run = begin(world | {"fleet": fleet, "rounds": 4}, tmp_path)
     cohorts = [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 4], [0, 1, 5]]
-    monkeypatch.setattr(server, "draw_cohort", lambda experiment, outlook, round_: cohorts[round_])
+    monkeypatch.setattr(server, "draw_cohort", lambda experiment, outlook, round_, begin: cohorts[round_])
     one = next(d for d in range(4) if run.outlook.class_of[d] == 1)
     heard = [{one}, {0, 1, 2, 3, 4}, set[int](), {0, 1, 5}]
 

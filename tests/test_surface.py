@@ -19,6 +19,7 @@ from support import begin, moved, spec, write_world
 
 from lamina import checkpoint, config
 from lamina.cli import app
+from lamina.clock import Clock
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
 from lamina.data.text import ALPHABET
@@ -28,6 +29,7 @@ from lamina.job import Local
 from lamina.methods import METHODS
 from lamina.model import init
 from lamina.pretrain import PretrainImages, PretrainText
+from lamina.traces import Traces
 
 ROOT = Path(__file__).parents[1]
 COMMON = "absent on_infeasible weighting fallback directions zeroth_lr"
@@ -40,7 +42,7 @@ PRETRAIN = (
 KEYS = {
     "": (
         config.Experiment,
-        "name rounds cohort networks seed eval_every eval_devices workers levers enforce task method local fleet",
+        "name rounds cohort networks seed eval_every eval_devices workers levers enforce task method local fleet clock",
     ),
     "task shakespeare": (
         TASKS["shakespeare"],
@@ -85,7 +87,9 @@ KEYS = {
     "method spry": (METHODS["spry"], f"{COMMON} rank alpha targets blocks train_head"),
     "method mezo": (METHODS["mezo"], f"{COMMON} rank alpha targets trains"),
     "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
-    "fleet": (DeviceClass, "name share memory uplink downlink flops"),
+    "fleet": (DeviceClass, "name share memory uplink downlink flops speed up_rate down_rate"),
+    "fleet traces": (Traces, "memory_share classes speed since"),
+    "clock": (Clock, "deadline over_selection min_updates availability available_hours"),
     "pretrain text": (PretrainText, f"{PRETRAIN} text positions"),
     "pretrain images": (PretrainImages, f"{PRETRAIN} images patch augment"),
 }

@@ -9,19 +9,22 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
+from lamina.clock import Clock
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
 from lamina.data.task import TaskTable
 from lamina.errors import UserError, nearest
-from lamina.fleet import DeviceClass
+from lamina.fleet import DeviceClass, quantity
 from lamina.job import Local
 from lamina.levers import Allowed, rungs
 from lamina.methods import METHODS, Method
 from lamina.pretrain import Pretrain, PretrainImages, PretrainText
+from lamina.traces import Traces
 
 T = TypeVar("T")
+TRACES = "traces"
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,20 @@ class Experiment:
         levers: Ways to save memory that the planner may use, where a plan would not fit without: "none", "exact" (those
             that leave the mathematics as it is), "all", or a list of names; see `docs/levers.md`.
         enforce: Whether each device computes in a process that gets no more memory than its budget, so that one that
-            needs more fails. For proof, not for speed; on Linux. Changes no result.
+            needs more fails. For proof, not for speed; on Linux. Computes as `engine = "serial"`.
+        engine: How devices are simulated: "serial", each as it would compute by itself, or "auto", those with equal
+            plans together and frozen prefixes once, which is faster and differs by rounding; see `docs/engines.md`.
+        precision: In which the simulation multiplies matrices, where `engine` is "auto". It is not what devices are
+            priced for.
+        prefix_ram: Memory in which `engine = "auto"` keeps outputs of frozen prefixes from round to round, such as
+            "1 GiB"; 0 keeps none.
+        prefix_disk: Room for what does not fit there, in a temporary file.
         networks: Candidate networks: names of the package's, or folders.
         task: The `[task]` table.
         method: The `[method]` table.
         local: The `[local]` table.
-        fleet: The `[[fleet]]` tables.
+        fleet: The `[[fleet]]` tables, or "traces", or the `[fleet]` table with that name.
+        clock: The `[clock]` table.
     """
 
     name: str
@@ -57,10 +68,15 @@ class Experiment:
     workers: int = 0
     levers: Allowed = "none"
     enforce: bool = False
+    engine: Literal["auto", "serial"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    prefix_ram: str | int = "1 GiB"
+    prefix_disk: str | int = "4 GiB"
     task: TaskTable = field(default_factory=Shakespeare)
     method: Method = field(default_factory=METHODS["caff"])
     local: Local = field(default_factory=Local)
-    fleet: tuple[DeviceClass, ...] = ()
+    fleet: tuple[DeviceClass, ...] | Traces = ()
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         """Check what types alone cannot.
@@ -77,21 +93,41 @@ class Experiment:
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         list(rungs(self.levers))
+        for key in ("prefix_ram", "prefix_disk"):
+            if getattr(self, key) != 0:
+                quantity(key, getattr(self, key))
+        if self.precision != "float32" and (self.enforce or self.engine != "auto"):
+            raise ValueError(f'precision = {self.precision!r} goes with engine = "auto", without enforce')
         if self.enforce and self.method.on_infeasible == "ignore":
             raise ValueError(
                 'enforce = true cannot go with method.on_infeasible = "ignore": no plan would keep its budget'
             )
         if not self.networks:
             raise ValueError("networks must name at least one network")
-        names = [each.name for each in self.fleet]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"[[fleet]] needs at least one class, each with a name of its own; got {names}")
+        self._check_fleet()
+
+    def _check_fleet(self) -> None:
+        timed = isinstance(self.fleet, Traces)
+        if not isinstance(self.fleet, Traces):
+            names = [each.name for each in self.fleet]
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"[[fleet]] needs at least one class, each with a name of its own; got {names}")
+            timed = any(each.speed or each.up_rate or each.down_rate for each in self.fleet)
+        if self.clock.needs_rates and not timed:
+            raise ValueError(
+                "clock.deadline, clock.over_selection and clock.availability need devices that take time: give classes "
+                'speed, up_rate or down_rate, or take fleet = "traces"'
+            )
+        if self.clock.min_updates > self.cohort:
+            raise ValueError(f"clock.min_updates = {self.clock.min_updates} is more than the cohort of {self.cohort}")
 
     def to_table(self) -> dict[str, Any]:
         """The TOML tables that make this experiment."""
         table = dataclasses.asdict(self)
         table["task"] = {"name": _name_of(TASKS, self.task)} | table["task"]
         table["method"] = {"name": _name_of(METHODS, self.method)} | table["method"]
+        if isinstance(self.fleet, Traces):
+            table["fleet"] = {"name": TRACES} | table["fleet"]
         return table
 
 
@@ -169,11 +205,19 @@ def experiment(table: Mapping[str, Any], where: str) -> Experiment:
     parts["task"] = _build_named(TASKS, {"name": "shakespeare"}, table.pop("task", {}), f"{where}: [task]")
     parts["method"] = _build_named(METHODS, {"name": "caff"}, table.pop("method", {}), f"{where}: [method]")
     parts["local"] = _build(Local, table.pop("local", {}), f"{where}: [local]")
-    fleet = table.pop("fleet", [])
-    if not isinstance(fleet, list | tuple):
-        raise UserError(f"{where}: fleet must be written as [[fleet]] tables, one per device class")
-    parts["fleet"] = tuple(_build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(fleet, 1))
+    parts["clock"] = _build(Clock, table.pop("clock", {}), f"{where}: [clock]")
+    parts["fleet"] = _fleet(table.pop("fleet", []), where)
     return _build(Experiment, table, where, parts)
+
+
+def _fleet(given: Any, where: str) -> tuple[DeviceClass, ...] | Traces:
+    """Device classes, or what stands in their place."""
+    if isinstance(given, list | tuple):
+        return tuple(_build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(given, 1))
+    table = {"name": given} if isinstance(given, str) else given
+    if not isinstance(table, Mapping) or table.get("name") != TRACES:
+        raise UserError(f'{where}: fleet must be written as [[fleet]] tables, one per device class, or be "{TRACES}"')
+    return _build_named({TRACES: Traces}, {}, table, f"{where}: [fleet]")
 
 
 def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Pretrain:

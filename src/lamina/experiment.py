@@ -6,14 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lamina import checkpoint, networks
+from lamina.availability import Availability, availability
 from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.errors import UserError
-from lamina.fleet import Budget, assign
+from lamina.fleet import Budget, Rates, Roster, roster
 from lamina.plan import Plan
 from lamina.planner import Candidate, Fleet, Group, assess, choose_network, fit
 from lamina.spec import Spec
+from lamina.traces import Traces
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Outlook:
         chosen: The network of the run.
         folder: Where it is.
         steps: Local steps that the prices are for: the most any device takes.
+        rates: Of every device.
+        availability: Of every device.
     """
 
     class_of: list[int]
@@ -35,6 +41,8 @@ class Outlook:
     chosen: Candidate
     folder: Path
     steps: int
+    rates: Rates
+    availability: Availability
 
     def fleet(self, experiment: Experiment, task: Task) -> Fleet:
         """What the method may know of the devices."""
@@ -46,6 +54,10 @@ class Outlook:
 
         plans = tuple(choice.plan for choice in self.chosen.choices)
         return Fleet(self.class_of, plans, fits, task.mix if task.labels else None)
+
+    def able(self) -> np.ndarray:
+        """Which devices are of a class that has a plan, bool [devices]."""
+        return np.array([choice.plan is not None for choice in self.chosen.choices])[self.class_of]
 
     def network_json(self) -> dict[str, Any]:
         """The chosen network and the score table."""
@@ -62,6 +74,7 @@ class Outlook:
             "devices": group.devices,
             "budget": asdict(group.budget),
             "predicted": choice.cost.to_json(),
+            "seconds": self._seconds(index),
             "plan": choice.plan.label if choice.plan else None,
             "levers": choice.plan.levers.names() if choice.plan else [],
             "trained_blocks": self.chosen.trained_blocks(index),
@@ -69,6 +82,12 @@ class Outlook:
             "sat_out": 0 if choice.plan else group.devices,
             "accuracy": None,
         }
+
+    def _seconds(self, index: int) -> float | None:
+        """Median over the devices of a class of the time that they take, at mean rates; None without devices."""
+        members, cost = np.flatnonzero(np.asarray(self.class_of) == index), self.chosen.choices[index].cost
+        work = np.tile([cost.down_bytes, cost.flops, cost.up_bytes], (len(members), 1))
+        return float(np.median(self.rates.phases(members, work).sum(axis=1))) if len(members) else None
 
 
 def load_task(experiment: Experiment) -> Task:
@@ -85,11 +104,17 @@ def load_task(experiment: Experiment) -> Task:
                 f"networks {folders[0].name} and {folder.name} do not read data alike (another tokenizer, or other "
                 "statistics of pixels), so one cannot stand for the other: name networks of one family"
             )
-    class_of = assign(experiment.fleet, experiment.task.device_count(), experiment.seed)
+    class_of = devices(experiment).class_of
     task = experiment.task.load(experiment.seed, class_of, folders[0])
     if not any(map(len, task.test)):
         raise UserError("no device has a test example, so nothing can be measured; see the test settings of [task]")
     return task
+
+
+def devices(experiment: Experiment) -> Roster:
+    """Class and rates of every device."""
+    fleet, count, seed = experiment.fleet, experiment.task.device_count(), experiment.seed
+    return fleet.roster(count, seed) if isinstance(fleet, Traces) else roster(fleet, count, seed)
 
 
 def _fitted(experiment: Experiment) -> dict[Path, Spec]:
@@ -122,11 +147,13 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
     Raises:
         UserError: A network is missing or does not fit the task, or nothing fits the budgets.
     """
-    devices = experiment.task.device_count()
-    if experiment.cohort > devices:
-        raise UserError(f"cohort = {experiment.cohort} is more than the {devices} devices there are")
-    class_of = assign(experiment.fleet, devices, experiment.seed)
-    groups = tuple(Group(each.name, class_of.count(index), each.budget) for index, each in enumerate(experiment.fleet))
+    count, clock = experiment.task.device_count(), experiment.clock
+    if experiment.cohort > count:
+        raise UserError(f"cohort = {experiment.cohort} is more than the {count} devices there are")
+    fleet = devices(experiment)
+    sizes = np.bincount(fleet.class_of, minlength=len(fleet.names)).tolist()
+    groups = tuple(map(Group, fleet.names, sizes, fleet.budgets))
+    times = availability(clock.availability, clock.available_hours, count, experiment.seed)
     steps = experiment.local.steps
     if not steps:
         steps = max(experiment.local.round_steps(len(shard)) for shard in (task or load_task(experiment)).train)
@@ -135,4 +162,5 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
     found = _fitted(experiment)
     candidates = [assess(experiment.method, folder.name, spec, groups, *work) for folder, spec in found.items()]
     chosen = choose_network(experiment.method, candidates, groups, *work)
-    return Outlook(class_of, groups, tuple(candidates), chosen, list(found)[candidates.index(chosen)], steps)
+    folder = list(found)[candidates.index(chosen)]
+    return Outlook(fleet.class_of, groups, tuple(candidates), chosen, folder, steps, fleet.rates, times)

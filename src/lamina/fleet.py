@@ -1,16 +1,17 @@
-"""Device classes, their budgets, and which device is of which class."""
+"""Device classes, their budgets and rates, and which device is of which class."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
 from lamina.cost import Cost
+from lamina.job import Turn
 from lamina.turn import generator
 
 RESOURCES = {"memory_bytes": "memory", "up_bytes": "uplink", "down_bytes": "downlink", "flops": "flops"}
@@ -18,7 +19,9 @@ RESOURCES = {"memory_bytes": "memory", "up_bytes": "uplink", "down_bytes": "down
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     f"{letter}i": 1024**power for power, letter in enumerate("KMGT", 1)
 }
-_QUANTITY = re.compile(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kKMGT]i?)?(B|FLOPs?)?\s*")
+_NUMBER = r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kKMGT]i?)?"
+_QUANTITY = re.compile(_NUMBER + r"(B|FLOPs?)?\s*")
+_RATE = re.compile(_NUMBER + r"(B|bit|FLOP)/s\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +47,70 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """How fast devices are. Each attribute is float64 [devices]; a rate is infinite where work takes no time.
+
+    Links vary from round to round: their rates are log-normal with the given means and spreads.
+
+    Attributes:
+        down: Bytes per second from the server, in the mean.
+        speed: FLOP per second.
+        up: Bytes per second to the server, in the mean.
+        down_spread: Standard deviation of `down` over its mean.
+        up_spread: The same of `up`.
+    """
+
+    down: np.ndarray
+    speed: np.ndarray
+    up: np.ndarray
+    down_spread: np.ndarray
+    up_spread: np.ndarray
+
+    def phases(self, devices: np.ndarray, work: np.ndarray, turn: Turn | None = None) -> np.ndarray:
+        """How long devices receive, compute and send.
+
+        Args:
+            devices: Which, int64 [n].
+            work: Bytes that each receives, operations, and bytes that it sends, [n, 3].
+            turn: The round whose links count; None: the mean rates.
+
+        Returns:
+            Seconds, float64 [n, 3].
+        """
+        rates = np.stack([self.down[devices], self.speed[devices], self.up[devices]], axis=1)
+        if turn is not None:
+            sigma = np.sqrt(np.log1p(np.stack([self.down_spread[devices], self.up_spread[devices]], axis=1) ** 2))
+            draws = np.zeros_like(sigma)
+            for row in np.flatnonzero(sigma.any(axis=1)):
+                draws[row] = replace(turn, device=int(devices[row])).rng("link").standard_normal(2)
+            rates[:, [0, 2]] *= np.exp(sigma * draws - sigma**2 / 2)
+        seconds: np.ndarray = work / rates
+        return seconds
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The devices of a run.
+
+    Attributes:
+        names: Of the classes.
+        budgets: Of the classes.
+        class_of: Class index of every device.
+        rates: Of every device.
+    """
+
+    names: tuple[str, ...]
+    budgets: tuple[Budget, ...]
+    class_of: list[int]
+    rates: Rates
+
+
+@dataclass(frozen=True)
 class DeviceClass:
     """Devices with one budget: a `[[fleet]]` table.
 
     Quantities are integers or text with a unit: 64000000, "64 MB", "61 MiB", "20 GFLOP". Not given means unlimited.
+    Rates are text: "4 Mbit/s", "1 MB/s", "20 GFLOP/s". Not given means that it takes no time.
 
     Attributes:
         name: Of the class.
@@ -56,6 +119,9 @@ class DeviceClass:
         uplink: Bytes per round to the server.
         downlink: Bytes per round from the server.
         flops: Operations per round.
+        speed: Operations per second.
+        up_rate: Bits or bytes per second to the server.
+        down_rate: Bits or bytes per second from the server.
     """
 
     name: str
@@ -64,6 +130,9 @@ class DeviceClass:
     uplink: str | int | None = None
     downlink: str | int | None = None
     flops: str | int | None = None
+    speed: str | None = None
+    up_rate: str | None = None
+    down_rate: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse shares and quantities that mean nothing.
@@ -73,13 +142,20 @@ class DeviceClass:
         """
         if not 0 < self.share < math.inf:
             raise ValueError(f"share must be above 0 and finite, got {self.share}")
-        _ = self.budget
+        _ = self.budget, self.rates
 
     @property
     def budget(self) -> Budget:
         """The quantities as numbers."""
         given = {name: (key, getattr(self, key)) for name, key in RESOURCES.items()}
         return Budget(**{name: quantity(*each) for name, each in given.items() if each[1] is not None})
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """Bytes per second from the server, operations per second, bytes per second to the server."""
+        given = ((key, getattr(self, key)) for key in ("down_rate", "speed", "up_rate"))
+        down, speed, up = (math.inf if text is None else rate(key, text) for key, text in given)
+        return down, speed, up
 
 
 def quantity(key: str, value: str | int) -> int:
@@ -100,6 +176,24 @@ def quantity(key: str, value: str | int) -> int:
     return int(number)
 
 
+def rate(key: str, value: str) -> float:
+    """Bytes or operations per second, from text such as "4 Mbit/s", "1 MB/s" or, of `speed`, "20 GFLOP/s".
+
+    Raises:
+        ValueError: It is not a rate above zero.
+    """
+    match = _RATE.fullmatch(value)
+    try:
+        fits = match and (match[3] == "FLOP") == (key == "speed")
+        number = Fraction(match[1]) * _UNITS[_unit(match[2])] if match and fits else Fraction(0)
+    except ValueError:
+        number = Fraction(0)
+    if not 0 < number < 10**30:
+        example = '"20 GFLOP/s"' if key == "speed" else '"4 Mbit/s" or "1 MB/s"'
+        raise ValueError(f"{key} must be a rate above 0, such as {example}; got {value!r}")
+    return float(number / 8 if match and match[3] == "bit" else number)
+
+
 def _unit(text: str | None) -> str:
     return text[0].upper() + text[1:].lower() if text else ""
 
@@ -113,3 +207,12 @@ def assign(classes: Sequence[DeviceClass], devices: int, seed: int) -> list[int]
         counts[index] += 1
     members = np.repeat(np.arange(len(classes)), counts)
     return [int(index) for index in generator(seed, "fleet").permutation(members)]
+
+
+def roster(classes: Sequence[DeviceClass], devices: int, seed: int) -> Roster:
+    """The devices of some classes; those of a class are alike."""
+    class_of = assign(classes, devices, seed)
+    down, speed, up = np.array([each.rates for each in classes])[class_of].T
+    steady = np.zeros(devices)
+    rates = Rates(down, speed, up, steady, steady)
+    return Roster(tuple(each.name for each in classes), tuple(each.budget for each in classes), class_of, rates)

@@ -12,6 +12,7 @@ import torch
 from lamina import model
 from lamina.data.task import Shard
 from lamina.layout import Params
+from lamina.ops import TORCH, Ops
 from lamina.spec import Spec
 
 _BATCH = 128
@@ -52,6 +53,7 @@ def evaluate(
     scored: int,
     workers: int = 1,
     devices: Sequence[int] | np.ndarray | None = None,
+    ops: Ops = TORCH,
 ) -> Score:
     """Run the network over test examples, of which a device may have none; the last `scored` positions count.
 
@@ -62,6 +64,7 @@ def evaluate(
         scored: Positions at the end of each that count.
         workers: Threads.
         devices: Whose examples are run, ascending; None: everyone's. Of the others, no prediction is counted.
+        ops: What computes.
     """
     counts = np.zeros(len(shards), np.int64)
     for device in range(len(shards)) if devices is None else devices:
@@ -76,7 +79,7 @@ def evaluate(
     def hits(chunk: np.ndarray) -> np.ndarray:
         batches = [shards[device].batch(chunk[chunk[:, 0] == device, 1]) for device in np.unique(chunk[:, 0])]
         inputs, targets_BS = (_joined(part) for part in zip(*batches, strict=True))
-        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), last=scored)
+        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), ops, scored)
         right: np.ndarray = (logits_BSV.argmax(-1).numpy() == targets_BS[:, -scored:]).sum(1)
         return right
 

@@ -31,19 +31,25 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 
 from lamina import __version__, checkpoint, config, files, imports, model, networks, tables
+from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.engines import Engine
 from lamina.engines.local import LocalEngine
+from lamina.engines.prefix import Prefixes
+from lamina.engines.stacked import StackedEngine
 from lamina.errors import UserError
 from lamina.experiment import Outlook, load_task, look_ahead
+from lamina.fleet import quantity
 from lamina.job import Turn
 from lamina.layout import Params
 from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
+from lamina.ops import TORCH
 from lamina.personal import personalise
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
+from lamina.stack import Stacked
 from lamina.state import Copies, State
 from lamina.turn import generator
 
@@ -66,6 +72,7 @@ class RoundRow:
         down_bytes: Received by all.
         flops: Computed by all.
         seconds: Wall time, evaluation included.
+        clock_seconds: What the virtual clock shows at the end of the round.
     """
 
     round: int
@@ -77,6 +84,7 @@ class RoundRow:
     down_bytes: int
     flops: int
     seconds: float
+    clock_seconds: float
 
 
 @dataclass
@@ -92,6 +100,15 @@ class Run:
     after: Score | None = None
     own: Score | None = None
     seconds: float = 0.0
+    prefixes: Prefixes | None = None
+
+    @property
+    def _stacks(self) -> bool:
+        return self.experiment.engine == "auto" and not self.experiment.enforce
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.experiment.precision]
 
     @property
     def workers(self) -> int:
@@ -100,7 +117,8 @@ class Run:
 
     def score(self) -> Score:
         """Accuracy of the global network now, on the test examples of `tested`."""
-        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers, self.tested)
+        ops = Stacked(self._dtype) if self._stacks else TORCH
+        return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers, self.tested, ops)
 
     @cached_property
     def tested(self) -> np.ndarray:
@@ -158,12 +176,18 @@ class Run:
         return personalise(*self.deployed(), self.task, self.tested, local, turn, self.workers, on_progress)
 
     def _engine(self) -> Engine:
-        spec, shards, outlook = self.outlook.chosen.spec, self.task.train, self.outlook
-        if self.experiment.enforce:
+        experiment, spec, shards, outlook = self.experiment, self.outlook.chosen.spec, self.task.train, self.outlook
+        if experiment.enforce:
             from lamina.engines.enforced import EnforcedEngine
 
             budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
             return EnforcedEngine(spec, shards, budgets, min(self.workers, self.experiment.cohort))
+        if self._stacks:
+            ram_bytes, disk_bytes = (
+                each and quantity("bytes", each) for each in (experiment.prefix_ram, experiment.prefix_disk)
+            )
+            self.prefixes = Prefixes(int(ram_bytes), int(disk_bytes))
+            return StackedEngine(spec, shards, self.workers, self.prefixes, self._dtype)
         return LocalEngine(spec, shards, self.workers)
 
     def _evaluate_if_due(self) -> Score | None:
@@ -185,6 +209,7 @@ class Run:
             down_bytes=sum(row.down_bytes for row in rows),
             flops=sum(row.flops for row in rows),
             seconds=round(seconds, 3),
+            clock_seconds=self.state.totals["clock_seconds"],
         )
 
     def _readable(self, row: DeviceRow) -> dict[str, Any]:
@@ -214,6 +239,7 @@ class Run:
             "lengths": {name: _length(self.folder / name) for name in _LINES},
             "sha256": _digest(tensors),
             "task_sha256": self.task.digest,
+            "availability_sha256": self.outlook.availability.digest,
         }
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         content = save(arrays, metadata={"manifest": json.dumps(manifest)})
@@ -248,9 +274,20 @@ class Run:
             "tested_devices": len(self.tested),
             "personalised": self.own.accuracy() if self.own else None,
             "network": self.outlook.network_json(),
+            "engine": self._engine_json(),
             "classes": classes,
             "totals": totals,
             "folder": str(self.folder),
+        }
+
+    def _engine_json(self) -> dict[str, Any]:
+        """How the rounds were computed since the run was started, or resumed."""
+        kept, experiment = self.prefixes, self.experiment
+        blocks = kept.found + kept.made if kept else 0
+        return {
+            "name": experiment.engine if self._stacks or not experiment.enforce else "enforced",
+            "precision": experiment.precision,
+            "prefix_reused": kept.found / blocks if kept and blocks else None,
         }
 
     def _coverage(self) -> list[float]:
@@ -344,7 +381,10 @@ def _anchored(experiment: Experiment) -> Experiment:
     for key in ("path", "test_path"):
         if getattr(task, key, None) is not None:
             task = replace(task, **{key: str(Path(getattr(task, key)).absolute())})
-    return replace(experiment, networks=tuple(names), task=task)
+    clock = experiment.clock
+    if clock.availability not in MODELS:
+        clock = replace(clock, availability=str(Path(clock.availability).absolute()))
+    return replace(experiment, networks=tuple(names), task=task, clock=clock)
 
 
 def _prepare(experiment: Experiment) -> Run:
@@ -407,6 +447,8 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
         raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
     if manifest["task_sha256"] != run.task.digest:
         raise UserError(f"the data is not what it was when the run in {run.folder} was stopped")
+    if manifest["availability_sha256"] != run.outlook.availability.digest:
+        raise UserError(f"clock.availability is not what it was when the run in {run.folder} was stopped")
     tensors = load_file(run.folder / "state.safetensors")
     names = {*manifest["tensors"], *(f"score:{when}" for when in manifest["scores"])}
     if tensors.keys() ^ names or _digest(tensors) != manifest["sha256"]:

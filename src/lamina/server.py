@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from lamina import model
+from lamina.clock import ABANDONED, settle
 from lamina.config import Experiment
 from lamina.engines import Engine
 from lamina.estimators import unfold
 from lamina.experiment import Outlook
 from lamina.job import Failure, Job, Turn, Update
 from lamina.layout import Params
+from lamina.methods import Method
 from lamina.plan import Plan, Vote
 from lamina.planner import Choice, choose_plan
 from lamina.shapes import FLOAT_BYTES
@@ -47,6 +49,7 @@ class DeviceRow:
         up_bytes: It sent.
         flops: It computed.
         rejected: Why its update was not used, or None.
+        seconds: Of the virtual clock, from the beginning of the round until it had answered or was lost.
     """
 
     device: int
@@ -62,6 +65,7 @@ class DeviceRow:
     up_bytes: int = 0
     flops: int = 0
     rejected: str | None = None
+    seconds: float = 0.0
 
 
 def play_round(
@@ -75,7 +79,8 @@ def play_round(
     """One federated round.
 
     An update that is not exactly what its plan asked for, or holds a value that is not finite, is left out of the mean;
-    if none is left, the global tensors stay as they are and the round counts as abandoned.
+    if fewer than `clock.min_updates` are left, the global tensors stay as they are and the round counts as abandoned.
+    Devices that cannot answer in time are known before, and are not simulated.
 
     Args:
         experiment: The settings.
@@ -96,7 +101,10 @@ def play_round(
         params, memory = experiment.method.merge(params, outlook.chosen.spec, chain([first], votes), turn, memory)
     deque(votes, maxlen=0)  # what is left, should a method not ask for all
     after = replace(state, params=params, memory=memory, devices=played.kept)
-    return _counted(state, after, played.rows, played.received), list(played.rows.values())
+    if sum(row.loss is not None for row in played.rows.values()) < experiment.clock.min_updates:
+        after = state
+        played.abandon()
+    return _counted(state, after, played), list(played.rows.values())
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,22 @@ class _Sent:
     made_bytes: int
 
 
+def _encode(method: Method, spec: Spec, state: State, plan: Plan, turn: Turn) -> _Sent:
+    """What devices with a plan get."""
+    arrays = method.encode(state.params, spec, plan, turn, state.memory)
+    place = {name: index for index, name in enumerate(state.changed)}
+    place_of = {id(tensor): place[f"memory:{name}"] for name, tensor in state.memory.items()}
+    place_of |= {id(tensor): place[name] for name, tensor in state.params.items()}
+    size = {name: FLOAT_BYTES * array.numel() for name, array in arrays.items()}
+    same = {name: place_of[id(array)] for name, array in arrays.items() if id(array) in place_of}
+    return _Sent(
+        arrays,
+        np.array(list(same.values()), np.int64),
+        np.array([size[name] for name in same], np.int64),
+        sum(size[name] for name in arrays if name not in same),
+    )
+
+
 class _Round:
     """A round on its way: jobs are made as the engine asks for them, votes leave in ascending order of devices.
 
@@ -123,10 +147,11 @@ class _Round:
         rows: One per device of the cohort, ascending.
         received: Device -> indices, in `State.changed`, of the server's tensors that it was sent as they are.
         kept: What devices keep for the method.
+        end_seconds: What the virtual clock shows at its end.
     """
 
     def __init__(self, experiment: Experiment, outlook: Outlook, examples: Sequence[int], state: State) -> None:
-        """Draw the cohort and choose the plans; nothing is sent yet."""
+        """Draw the cohort, choose the plans and look at the clock; nothing is sent yet."""
         self._experiment, self._outlook, self._state = experiment, outlook, state
         self._method, self._spec = experiment.method, outlook.chosen.spec
         self.rows: dict[int, DeviceRow] = {}
@@ -134,8 +159,11 @@ class _Round:
         self.kept = dict(state.devices)
         self._choices: dict[int, Choice] = {}
         self._jobs: dict[int, Job] = {}
-        for device in draw_cohort(experiment, outlook, state.round):
+        self._sent = lru_cache(_PLANS)(partial(_encode, self._method, self._spec, state))
+        begin = begins(experiment, outlook, state.totals["clock_seconds"])
+        for device in draw_cohort(experiment, outlook, state.round, begin):
             self._choose(device, examples[device])
+        self.end_seconds = begin + self._settle(outlook.availability.left(begin))
 
     def _choose(self, device: int, examples: int) -> None:
         """The plan of a device, and its row as if no update came."""
@@ -164,37 +192,54 @@ class _Round:
     def _turn(self, device: int) -> Turn:
         return Turn(self._experiment.seed, self._state.round, self._experiment.rounds, device)
 
-    def jobs(self) -> Iterator[Job]:
-        """One per device that has a plan, ascending."""
-        state, local = self._state, self._experiment.local
+    def _settle(self, left: np.ndarray) -> float:
+        """Look at the clock: who does not answer in time gets no job. Returns the length of the round in seconds."""
+        experiment, state = self._experiment, self._state
         versions = np.fromiter(state.changed.values(), np.int32)
-        encode = lru_cache(_PLANS)(self._encode)
+        devices, work = np.array(list(self._choices), np.int64), np.zeros((len(self._choices), 3), np.int64)
+        for i, (device, choice) in enumerate(self._choices.items()):
+            sent = self._sends(device)
+            missing = versions[sent.tensors] != state.copies.of(device, len(versions))[sent.tensors]
+            work[i] = sent.made_bytes + int(sent.bytes[missing].sum()), self._flops(device), choice.cost.up_bytes
+            self.received[device] = sent.tensors
+        clock, rates = experiment.clock, self._outlook.rates
+        stints, seconds = settle(clock, experiment.cohort, devices, work, rates, left[devices], self._turn(-1))
+        enough = sum(stint.reason is None for stint in stints) >= clock.min_updates
+        for device, stint in zip(devices.tolist(), stints, strict=True):
+            row = replace(self.rows[device], down_bytes=stint.down_bytes, seconds=stint.seconds)
+            if stint.reason or not enough:
+                lost = stint.reason or ABANDONED
+                row = replace(row, up_bytes=stint.up_bytes, flops=stint.flops, rejected=lost)
+                del self._choices[device]
+            if not stint.received:
+                del self.received[device]
+            self.rows[device] = row
+        return seconds
+
+    def abandon(self) -> None:
+        """No update is used."""
+        unused = {
+            d: replace(row, loss=None, rejected=ABANDONED) for d, row in self.rows.items() if row.loss is not None
+        }
+        self.rows |= unused
+
+    def jobs(self) -> Iterator[Job]:
+        """One per device that answers, ascending."""
         for device, choice in self._choices.items():
             assert choice.plan
-            sent = encode(choice.plan, self._turn(device if self._method.own_start else -1))
-            missing = versions[sent.tensors] != state.copies.of(device, len(versions))[sent.tensors]
-            down_bytes = sent.made_bytes + int(sent.bytes[missing].sum())
-            self.rows[device] = replace(self.rows[device], down_bytes=down_bytes)
-            self.received[device] = sent.tensors
-            job = Job(self._turn(device), choice.plan, local, sent.arrays, self._method, state.devices.get(device, {}))
-            self._jobs[device] = job
-            yield job
+            work = (choice.plan, self._experiment.local, self._sends(device).arrays, self._method)
+            self._jobs[device] = Job(self._turn(device), *work, self._state.devices.get(device, {}))
+            yield self._jobs[device]
 
-    def _encode(self, plan: Plan, turn: Turn) -> _Sent:
-        """What devices with a plan get."""
-        state = self._state
-        arrays = self._method.encode(state.params, self._spec, plan, turn, state.memory)
-        place = {name: index for index, name in enumerate(state.changed)}
-        place_of = {id(tensor): place[f"memory:{name}"] for name, tensor in state.memory.items()}
-        place_of |= {id(tensor): place[name] for name, tensor in state.params.items()}
-        size = {name: FLOAT_BYTES * array.numel() for name, array in arrays.items()}
-        same = {name: place_of[id(array)] for name, array in arrays.items() if id(array) in place_of}
-        return _Sent(
-            arrays,
-            np.array(list(same.values()), np.int64),
-            np.array([size[name] for name in same], np.int64),
-            sum(size[name] for name in arrays if name not in same),
-        )
+    def _flops(self, device: int) -> int:
+        """Operations that a device is to do."""
+        return self._choices[device].cost.flops * self.rows[device].steps // self._outlook.steps
+
+    def _sends(self, device: int) -> _Sent:
+        """What a device gets."""
+        plan = self._choices[device].plan
+        assert plan
+        return self._sent(plan, self._turn(device if self._method.own_start else -1))
 
     def votes(self, engine: Engine, progress: Callable[[int, int], None]) -> Iterator[Vote]:
         """What usable updates say, in ascending order of devices; one that comes early waits for its turn."""
@@ -229,7 +274,7 @@ class _Round:
             self.rows[device],
             loss=update.loss if reason is None else None,
             up_bytes=sum(array.numel() * array.element_size() for array in update.arrays.values()),
-            flops=self._choices[device].cost.flops * self.rows[device].steps // self._outlook.steps,
+            flops=self._flops(device),
             rejected=reason,
         )
         if reason is None and update.state:
@@ -240,12 +285,17 @@ class _Round:
         return self._method.decode(unfold(update, job), job, self._spec)
 
 
-def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int) -> list[int]:
-    """Devices of a round, ascending: drawn without replacement among those whose class has a plan."""
-    fits = np.array([choice.plan is not None for choice in outlook.chosen.choices])
-    able = np.flatnonzero(fits[outlook.class_of])
+def begins(experiment: Experiment, outlook: Outlook, now: float) -> float:
+    """When a round begins: as soon as a cohort of devices with a plan is available."""
+    able = outlook.able()
+    return outlook.availability.begin(now, able, min(experiment.cohort, int(able.sum())))
+
+
+def draw_cohort(experiment: Experiment, outlook: Outlook, round_: int, begin: float = 0.0) -> list[int]:
+    """Devices of a round, ascending: drawn without replacement among the available whose class has a plan."""
+    able = np.flatnonzero(outlook.able() & (outlook.availability.left(begin) > 0))
     rng = Turn(experiment.seed, round_, experiment.rounds).rng("cohort")
-    return sorted(int(d) for d in rng.choice(able, min(experiment.cohort, len(able)), replace=False))
+    return sorted(rng.choice(able, min(experiment.clock.asked(experiment.cohort), len(able)), replace=False).tolist())
 
 
 def fault(update: Update | Failure, job: Job, spec: Spec) -> str | None:
@@ -267,8 +317,9 @@ def fault(update: Update | Failure, job: Job, spec: Spec) -> str | None:
     return None
 
 
-def _counted(before: State, after: State, rows: Mapping[int, DeviceRow], received: Mapping[int, np.ndarray]) -> State:
+def _counted(before: State, after: State, played: _Round) -> State:
     """The state after a round with its books kept."""
+    rows = played.rows
     done, used = before.round + 1, sum(row.loss is not None for row in rows.values())
     changed = dict(before.changed)
     for prefix, old, new in (("", before.params, after.params), ("memory:", before.memory, after.memory)):
@@ -285,6 +336,6 @@ def _counted(before: State, after: State, rows: Mapping[int, DeviceRow], receive
         after,
         round=done,
         changed=changed,
-        copies=before.copies.after(received, np.fromiter(before.changed.values(), np.int32)),
-        totals={key: before.totals[key] + spent[key] for key in TOTALS},
+        copies=before.copies.after(played.received, np.fromiter(before.changed.values(), np.int32)),
+        totals={key: before.totals[key] + spent.get(key, 0) for key in TOTALS} | {"clock_seconds": played.end_seconds},
     )

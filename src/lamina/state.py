@@ -11,7 +11,7 @@ import torch
 
 from lamina.layout import Params
 
-TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds")
+TOTALS = ("up_bytes", "down_bytes", "flops", "updates", "rejected_updates", "abandoned_rounds", "clock_seconds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ class State:
     copies: Copies
     memory: Params = field(default_factory=dict)
     devices: Mapping[int, Params] = field(default_factory=dict)
-    totals: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
+    totals: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
 
     def pack(self) -> tuple[dict[str, Any], Params]:
         """Plain data and tensors that make up the state; `unpack` gives the same state back."""

@@ -11,7 +11,7 @@ from lamina.fleet import RESOURCES
 from lamina.methods.about import meanings, own_fields, written
 from lamina.methods.base import Method
 from lamina.table import Table
-from lamina.units import human
+from lamina.units import duration, human
 
 _BAR = 28
 _KINDS = {
@@ -40,18 +40,25 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Per class: plan, prices against budgets, and what keeps it from training more."""
     shown = [r for r in ("down_bytes",) if any(row["budget"][r] is not None for row in rows)]
     columns = ["memory_bytes", "up_bytes", *shown, "flops"]
+    timed = any(row.get("seconds") for row in rows)
     lines = [
         (
             row["name"],
             row["plan"] or "sits out",
             str(row["devices"]),
             *(human(resource, row["predicted"][resource], row["budget"][resource]) for resource in columns),
+            *([_time(row["seconds"])] if timed else []),
             _limit(row),
         )
         for row in rows
     ]
-    head = ("class", "trains blocks", "devices", *(RESOURCES[resource] for resource in columns), "limited by")
+    heads = (*(RESOURCES[resource] for resource in columns), *(["time"] if timed else []))
+    head = ("class", "trains blocks", "devices", *heads, "limited by")
     return Table("Device classes (per device and round: predicted / budget)", head, lines, left=2)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else duration(seconds)
 
 
 def levers(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -186,6 +193,8 @@ def totals(summary: Mapping[str, Any]) -> Table:
         ("devices that sat out", str(sum(row["sat_out"] for row in summary["classes"]))),
         ("wall time", f"{spent['seconds']:.0f} s"),
     ]
+    if virtual := spent.get("clock_seconds"):
+        rows.append(("virtual time", duration(virtual)))
     return Table("Totals", ("", ""), rows)
 
 
@@ -238,10 +247,13 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
     """The result and the cost of each method, and what each class held and trained for it."""
     done = [row for row in collected["methods"] if row["seeds"]]
     names = [each["name"] for each in done[0]["classes"]] if done else []
+    timed = any(row["totals"].get("clock_seconds") for row in done)
     results, classes = [], []
     for row in collected["methods"]:
         if not row["seeds"]:
-            results.append((row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(names) + 4)))
+            results.append(
+                (row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(names) + 4 + timed))
+            )
             continue
         after, totals = row["accuracy"]["after"], row["totals"]
         results.append(
@@ -253,6 +265,7 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
                 f"{row['took_part']:.0%}",
                 human("bytes", *(round(totals[key]) for key in ("up_bytes", "down_bytes"))),
                 human("flops", round(totals["flops"])),
+                *([duration(totals["clock_seconds"])] if timed else []),
             )
         )
         for i, each in enumerate(row["classes"]):
@@ -268,7 +281,7 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
             classes.append((*cells, ", ".join(each["levers"]), held, memory))
     seeds = len(collected["seeds"])
     title = f"Accuracy in % and cost, {seeds} seed{'s' * (seeds != 1)} (mean±std; part: devices that took part)"
-    head = ("method", "mean", "p10", *names, "part", "up / down", "FLOPs")
+    head = ("method", "mean", "p10", *names, "part", "up / down", "FLOPs", *(["time"] if timed else []))
     held_head = ("method", "network", "class", "trains blocks", "levers", "holds", "memory")
     return [
         Table(title, head, results),

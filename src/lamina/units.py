@@ -16,3 +16,14 @@ def human(resource: str, value: float, limit: float | None = None, up: bool = Fa
     unit, size = next((each for each in scale if max(value, limit or 0) >= each[1]), scale[-1])
     used = f"{math.ceil(10 * value / size) / 10 if up else value / size:.1f}"
     return f"{used} {unit}" if limit is None else f"{used} / {limit / size:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """For people: "0.8 s", "12 s", "3 min 20 s", "2 h 05 min", "3 d 04 h"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    for size, name, part, part_name in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s")):
+        parts, per = round(seconds / part), size // part
+        if parts >= per:
+            return f"{parts // per} {name} {parts % per:02} {part_name}"
+    return f"{seconds:.0f} s"

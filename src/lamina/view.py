@@ -12,6 +12,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from lamina.clock import ABANDONED, AWAY, LATE
+from lamina.units import duration
+
 if TYPE_CHECKING:
     from lamina.pretrain import Pretrain
     from lamina.pretrain import Progress as Point
@@ -30,8 +33,8 @@ class View:
             self.console.width = 120
 
     def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, markup=False)
+        """One line, which a terminal wraps and a pipe does not."""
+        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def table(self, table: Table) -> None:
         """A table under its title."""
@@ -148,7 +151,7 @@ class LiveRounds:
         self.bar.update(self.task, completed=self.done + done / jobs, note=f"{done}/{jobs} devices")
 
     def round(self, row: RoundRow, devices: Sequence[DeviceRow], classes: Sequence[str]) -> None:
-        """A finished round: one line, one more for each update that was rejected."""
+        """A finished round: one line, one more for each update that was rejected for what it was."""
         self.done = row.round
         self.bar.update(self.task, completed=row.round)
         parts = []
@@ -157,6 +160,10 @@ class LiveRounds:
             parts.append(f"{name} {sum(losses) / len(losses):.3f}" if losses else f"{name} -")
         accuracy = f", accuracy {row.accuracy['mean_over_devices']:.2%}" if row.accuracy else ""
         loss = "no usable update: the round is abandoned" if row.loss is None else f"loss {row.loss:.3f}"
-        self.view.say(f"round {row.round:3}: {loss} ({', '.join(parts)}){accuracy}, {row.seconds:.1f} s")
-        for text in row.rejected:
-            self.view.say(f"           rejected: {text}")
+        lost = [f", {count} {why}" for why in (LATE, AWAY) if (count := sum(each.rejected == why for each in devices))]
+        clock = f", clock {duration(row.clock_seconds)}" if row.clock_seconds else ""
+        told = f"{accuracy}{''.join(lost)}, {row.seconds:.1f} s{clock}"
+        self.view.say(f"round {row.round:3}: {loss} ({', '.join(parts)}){told}")
+        for each in devices:
+            if each.rejected not in (None, LATE, AWAY, ABANDONED):
+                self.view.say(f"           rejected: device {each.device}: {each.rejected}")

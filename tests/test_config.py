@@ -141,8 +141,8 @@ def test_a_delete_character_is_dumped_too() -> None:
 
 
 TOP = (
-    "name, rounds, cohort, networks, seed, eval_every, eval_devices, workers, levers, enforce, task, method, local, "
-    "fleet, clock"
+    "name, rounds, cohort, networks, seed, eval_every, eval_devices, workers, levers, enforce, engine, precision, "
+    "prefix_ram, prefix_disk, task, method, local, fleet, clock"
 )
 METHOD_NAMES = ", ".join(METHODS)
 FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate"
@@ -241,6 +241,8 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         ("clock.deadline=3", f": {TIMELESS}"),
         ("clock.over_selection=1.3", f": {TIMELESS}"),
         ("clock.availability=diurnal", f": {TIMELESS}"),
+        ("engine=stacked", ": engine = 'stacked' is not accepted: Input should be 'auto' or 'serial'"),
+        ("prefix_ram=-1", ': prefix_ram must be a quantity above 0, such as 64000000 or "61 MiB"; got -1'),
         ("fleet=[3]", ": [[fleet]] 1 must be a table, got 3"),
         ("fleet=[]", ": [[fleet]] needs at least one class, each with a name of its own; got []"),
         (
@@ -377,3 +379,11 @@ def test_json_numbers_are_toml_numbers() -> None:
 def test_nearest() -> None:
     assert nearest("caf", METHODS) == f"did you mean 'caff'? accepted: {METHOD_NAMES}"
     assert nearest("zzz", ["a", "b"]) == "accepted: a, b"
+
+
+@pytest.mark.parametrize("slow", ["engine=serial", "enforce=true"])
+def test_devices_compute_in_full_precision(slow: str, file: Path) -> None:
+    assert refusal(file, slow, "precision=bfloat16") == (
+        f"{file}: precision = 'bfloat16' goes with engine = \"auto\", without enforce"
+    )
+    assert load_experiment(file, ["prefix_ram=0", "prefix_disk=0", "precision=bfloat16"]).prefix_ram == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from specs import SPECS
 from support import bits, spec, weights
-from test_methods_families import FAMILIES, Server, every_pair, shard
+from test_methods_families import FAMILIES, Server, shard
 
 from lamina import client, model
 from lamina.data.task import Pairs, Shard
@@ -17,7 +17,7 @@ from lamina.engines.stacked import StackedEngine, stackable, stacks, train_stack
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
 from lamina.levers import Levers
-from lamina.methods.base import Method
+from lamina.methods import METHODS, Method
 from lamina.methods.blocks import Caff
 from lamina.methods.depth import DepthFL
 from lamina.plan import Plan
@@ -58,8 +58,18 @@ def assert_alike(found: Sequence[Update], wanted: Sequence[Update], jobs: Sequen
                     assert off <= 1e-3 * change + 1e-6, name
 
 
-@every_pair
-def test_devices_together_train_as_each_alone(name: str, family: str) -> None:
+LANGUAGE, CLASSES = ("gpt2", "llama", "qwen3"), ("bert", "vit", "dinov2")
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(METHODS)), ids=list(METHODS))
+def test_devices_together_train_as_each_alone(number: int, name: str) -> None:
+    """Every method, on a family of each kind of task; all families come up."""
+    kinds = {"language": LANGUAGE, "classification": CLASSES}
+    for family in (kinds[kind][number % 3] for kind in METHODS[name].tasks):
+        together_as_alone(name, family)
+
+
+def together_as_alone(name: str, family: str) -> None:
     server = Server(name, family)
     shards = [shard(server.spec, size, seed) for seed, size in enumerate(SIZES)]
     for plan in server.plans[:: max(1, len(server.plans) - 1)]:
@@ -150,16 +160,18 @@ def test_frozen_tensors_of_their_own() -> None:
 def test_who_is_stacked_with_whom() -> None:
     network = spec(3)
     jobs = caff_jobs(network, [1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-    found = stacks(jobs, network)
+    shards = [texts(20, seed=seed) for seed in range(30)]
+    found = stacks(jobs, network, shards)
     assert sorted(job.turn.device for stack in found for job in stack) == list(range(len(jobs)))
     assert {len({job.plan for job in stack}) for stack in found} == {1}
     assert [stack[0].turn.device for stack in found] == sorted(stack[0].turn.device for stack in found)
     assert max(map(len, found)) == 3  # an eighth of the cohort, rounded up
     eight_bits = replace(jobs[0].plan, levers=Levers(optimizer="adamw8"))
     alone = [replace(job, plan=eight_bits, local=Local()) for job in jobs[:3]]
-    assert not stackable(alone[0]) and list(map(len, stacks(alone, network))) == [1, 1, 1]
+    assert not stackable(alone[0]) and list(map(len, stacks(alone, network, shards))) == [1, 1, 1]
     assert all(
-        len(stack) == 1 for stack in stacks(caff_jobs(network, [1] * 30, local=Local(batch_size=10_000)), network)
+        len(stack) == 1
+        for stack in stacks(caff_jobs(network, [1] * 30, local=Local(batch_size=10_000)), network, [texts(2000)] * 30)
     )
 
 
@@ -252,6 +264,6 @@ def test_fewer_bits_are_close(family: str) -> None:
     found = train_stack(jobs, shards, network, Prefixes(0, 0), torch.bfloat16)
     for one, other in zip(found, exact, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=0.02) and one.loss != other.loss
-        change = [torch.cat([(p[n] - params[n]).flatten() for n in sorted(names)]) for p in (one.arrays, other.arrays)]
-        assert torch.nn.functional.cosine_similarity(*change, dim=0) > 0.98
+        mine, theirs = (torch.cat([(p[n] - params[n]).flatten() for n in names]) for p in (one.arrays, other.arrays))
+        assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.98
         assert all(p.dtype == torch.float32 for p in one.arrays.values())

@@ -24,13 +24,13 @@ _ROWS = 8
 @cache
 def prefers_onednn() -> bool:
     """Whether oneDNN multiplies fp32 matrices faster than what torch takes: AVX-512 on a processor of AMD."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
         maker = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return "AuthenticAMD" in maker and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return "AuthenticAMD" in maker
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -35,21 +35,17 @@ from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.engines import Engine
-from lamina.engines.local import LocalEngine
-from lamina.engines.prefix import Prefixes
+from lamina.engines.simulator import kernels, simulator
 from lamina.engines.stacked import StackedEngine
 from lamina.errors import UserError
 from lamina.experiment import Outlook, load_task, look_ahead
-from lamina.fleet import quantity
 from lamina.job import Turn
 from lamina.layout import Params
 from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
-from lamina.ops import TORCH
 from lamina.personal import personalise
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
-from lamina.stack import Stacked
 from lamina.state import Copies, State
 from lamina.turn import generator
 
@@ -73,6 +69,8 @@ class RoundRow:
         flops: Computed by all.
         seconds: Wall time, evaluation included.
         clock_seconds: What the virtual clock shows at the end of the round.
+        prefix_reused: Share of frozen blocks, times examples, whose outputs the simulation still had from an earlier
+            round; None where it does not keep any.
     """
 
     round: int
@@ -85,6 +83,7 @@ class RoundRow:
     flops: int
     seconds: float
     clock_seconds: float
+    prefix_reused: float | None
 
 
 @dataclass
@@ -100,15 +99,6 @@ class Run:
     after: Score | None = None
     own: Score | None = None
     seconds: float = 0.0
-    prefixes: Prefixes | None = None
-
-    @property
-    def _stacks(self) -> bool:
-        return self.experiment.engine == "auto" and not self.experiment.enforce
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.experiment.precision]
 
     @property
     def workers(self) -> int:
@@ -117,7 +107,7 @@ class Run:
 
     def score(self) -> Score:
         """Accuracy of the global network now, on the test examples of `tested`."""
-        ops = Stacked(self._dtype) if self._stacks else TORCH
+        ops = kernels(self.experiment)
         return evaluate(*self.deployed(), self.task.test, self.task.scored, self.workers, self.tested, ops)
 
     @cached_property
@@ -152,14 +142,15 @@ class Run:
         """
         torch.set_num_threads(1)  # the number of threads changes the last bits
         tick = time.perf_counter()
-        engine = engine or self._engine()
+        engine = engine or simulator(self.experiment, self.outlook, self.task.train, self.workers)
         examples = [len(shard) for shard in self.task.train]
         if self.before is None:
             self.before = self.score()
             tick = self._commit(tick)
         while self.state.round < self.experiment.rounds:
             self.state, rows = play_round(self.experiment, self.outlook, examples, engine, self.state, on_progress)
-            row = self._round_row(rows, self._evaluate_if_due(), time.perf_counter() - tick)
+            reused = engine.reused() if isinstance(engine, StackedEngine) else None
+            row = self._round_row(rows, self._evaluate_if_due(), reused, time.perf_counter() - tick)
             self._append("rounds.jsonl", [asdict(row)])
             self._append("devices.jsonl", [{"round": row.round} | self._readable(each) for each in rows])
             tick = self._commit(tick)
@@ -175,21 +166,6 @@ class Run:
         turn = Turn(self.experiment.seed, self.experiment.rounds, self.experiment.rounds)
         return personalise(*self.deployed(), self.task, self.tested, local, turn, self.workers, on_progress)
 
-    def _engine(self) -> Engine:
-        experiment, spec, shards, outlook = self.experiment, self.outlook.chosen.spec, self.task.train, self.outlook
-        if experiment.enforce:
-            from lamina.engines.enforced import EnforcedEngine
-
-            budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
-            return EnforcedEngine(spec, shards, budgets, min(self.workers, self.experiment.cohort))
-        if self._stacks:
-            ram_bytes, disk_bytes = (
-                each and quantity("bytes", each) for each in (experiment.prefix_ram, experiment.prefix_disk)
-            )
-            self.prefixes = Prefixes(int(ram_bytes), int(disk_bytes))
-            return StackedEngine(spec, shards, self.workers, self.prefixes, self._dtype)
-        return LocalEngine(spec, shards, self.workers)
-
     def _evaluate_if_due(self) -> Score | None:
         done, every = self.state.round, self.experiment.eval_every
         if done == self.experiment.rounds:
@@ -197,7 +173,9 @@ class Run:
             return self.after
         return self.score() if every and done % every == 0 else None
 
-    def _round_row(self, rows: Sequence[DeviceRow], score: Score | None, seconds: float) -> RoundRow:
+    def _round_row(
+        self, rows: Sequence[DeviceRow], score: Score | None, reused: float | None, seconds: float
+    ) -> RoundRow:
         losses = [row.loss for row in rows if row.loss is not None]
         return RoundRow(
             round=self.state.round,
@@ -210,6 +188,7 @@ class Run:
             flops=sum(row.flops for row in rows),
             seconds=round(seconds, 3),
             clock_seconds=self.state.totals["clock_seconds"],
+            prefix_reused=None if reused is None else round(reused, 4),
         )
 
     def _readable(self, row: DeviceRow) -> dict[str, Any]:
@@ -274,20 +253,9 @@ class Run:
             "tested_devices": len(self.tested),
             "personalised": self.own.accuracy() if self.own else None,
             "network": self.outlook.network_json(),
-            "engine": self._engine_json(),
             "classes": classes,
             "totals": totals,
             "folder": str(self.folder),
-        }
-
-    def _engine_json(self) -> dict[str, Any]:
-        """How the rounds were computed since the run was started, or resumed."""
-        kept, experiment = self.prefixes, self.experiment
-        blocks = kept.found + kept.made if kept else 0
-        return {
-            "name": experiment.engine if self._stacks or not experiment.enforce else "enforced",
-            "precision": experiment.precision,
-            "prefix_reused": kept.found / blocks if kept and blocks else None,
         }
 
     def _coverage(self) -> list[float]:

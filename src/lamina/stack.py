@@ -72,7 +72,11 @@ class Stacked(Ops):
     ) -> Tensor:
         """From the tables of each device."""
         plain = super().embed
-        return self._each(lambda ids, *tables: plain(ids, *tables, first), [ids], (tokens, positions, types))
+
+        def kernel(ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None) -> Tensor:
+            return plain(ids, tokens, positions, types, first)
+
+        return self._each(kernel, [ids], (tokens, positions, types))
 
     def patches(
         self,
@@ -90,7 +94,7 @@ class Stacked(Ops):
         """Layer norm over the last dimension."""
         if not isinstance(weight, Stack) and not isinstance(bias, Stack):
             return super().norm(x, weight, bias, eps)
-        return cast(Tensor, _Norms.apply(x, self._all(weight), self._all(bias), eps))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Norms.apply(x, self._all(weight), self._all(bias), eps))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMS norm over the last dimension."""
@@ -105,11 +109,11 @@ class Stacked(Ops):
         if not isinstance(weight, Stack) and not isinstance(bias, Stack):
             return cast(Tensor, _Linear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
         if not isinstance(weight, Stack):
-            out = cast(Tensor, _Linear.apply(x, weight, None))  # type: ignore[no-untyped-call]
+            out = cast(Tensor, _Linear.apply(x, weight, None))
             assert bias is not None
             return self._by_device(out).add(self._all(bias)[:, None]).view(out.shape)
         biases = None if bias is None else self._all(bias)
-        out_GNO = _Linears.apply(self._by_device(x), weight.value, biases)  # type: ignore[no-untyped-call]
+        out_GNO = _Linears.apply(self._by_device(x), weight.value, biases)
         return cast(Tensor, out_GNO).view(*x.shape[:-1], -1)
 
     def group_linear(
@@ -166,12 +170,12 @@ class Stacked(Ops):
         tables = self._apart((*weights_VD, *biases_V, labels_V))
         for xs, own, targets_NS in zip(inputs, tables, targets_BS.chunk(self.devices), strict=True):
             used = int((targets_NS[:, 0] != HIDDEN).sum())
-            xs, targets = [x[:used] for x in xs], targets_NS[:used]
+            cut, targets = [x[:used] for x in xs], targets_NS[:used]
             if count == 1 and labels_V is None:
-                given = (xs[0].flatten(0, 1), own[0], own[1], targets.flatten(), self._dtype)
+                given = (cut[0].flatten(0, 1), own[0], own[1], targets.flatten(), self._dtype)
                 losses.append(cast(Tensor, _HeadLoss.apply(*given)))  # type: ignore[no-untyped-call]
             else:
-                losses.append(plain(xs, own[:count], own[count:-1], targets, mix, own[-1], chunked))
+                losses.append(plain(cut, own[:count], own[count:-1], targets, mix, own[-1], chunked))
         return torch.stack(losses)
 
     def _narrow(self, x: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from lamina.data.task import Shard
 from lamina.job import Job, Update
 from lamina.spec import Spec
 
+J = TypeVar("J")
 T = TypeVar("T")
 
 
-def in_threads(workers: int, train: Callable[[Job], T], jobs: Iterable[Job]) -> Iterator[T]:
+def in_threads(workers: int, train: Callable[[J], T], jobs: Iterable[J]) -> Iterator[T]:
     """What becomes of each job, in their order, `workers` at a time; what was not begun when one fails is dropped.
 
     Jobs are taken a few ahead of what has been asked for, so that no more are ever at hand.

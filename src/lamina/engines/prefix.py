@@ -104,7 +104,7 @@ class _Entry:
     made_for: tuple[Spec, int, bool]
     boundary: int
     made_by: Params
-    rows: Rows
+    rows: _InMemory | _InFile
 
 
 class Prefixes:
@@ -132,6 +132,7 @@ class Prefixes:
             weakref.finalize(self, self._file.close)
         self._lock = threading.Lock()
         self.found = self.made = 0
+        self._told = (0, 0)
 
     def expect(self, jobs: Sequence[Job], spec: Spec, devices: int) -> None:
         """Told all jobs of a round before any of them runs, and the number of devices of the fleet."""
@@ -141,6 +142,13 @@ class Prefixes:
         self._floor = lowest if self._floor is None else min(lowest, self._floor)
         turn = jobs[0].turn
         self._returns = (turn.rounds - turn.round - 1) * len(jobs) / devices
+
+    def reused(self) -> float | None:
+        """Share of blocks, times examples, that did not have to run since the last call; None if there were none."""
+        with self._lock:
+            found, made = self.found - self._told[0], self.made - self._told[1]
+            self._told = self.found, self.made
+        return found / (found + made) if found + made else None
 
     def feed(self, job: Job, shard: Shard, spec: Spec, rows: np.ndarray, ops: Ops) -> Feed:
         """Where the batches of a job come from.
@@ -236,13 +244,13 @@ class Prefixes:
             if entry.made_for == made_for and entry.boundary <= first and same:
                 return entry
             del self._entries[job.turn.device]
-            if isinstance(entry.rows, _InMemory):
-                self._left += FLOAT_BYTES * entry.rows.rows.numel()
-            else:
+            if isinstance(entry.rows, _InFile):
                 self._free.append(entry.rows)
+            else:
+                self._left += FLOAT_BYTES * entry.rows.rows.numel()
             return None
 
-    def _room(self, count: int, shape: tuple[int, ...]) -> Rows | None:
+    def _room(self, count: int, shape: tuple[int, ...]) -> _InMemory | _InFile | None:
         """Room for so many rows, if there is any left."""
         needed = FLOAT_BYTES * count * math.prod(shape)
         with self._lock:

@@ -1,0 +1,41 @@
+"""The engine that an experiment is simulated with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lamina.config import Experiment
+from lamina.data.task import Shard
+from lamina.engines import Engine
+from lamina.engines.local import LocalEngine
+from lamina.engines.prefix import Prefixes
+from lamina.engines.stacked import StackedEngine
+from lamina.experiment import Outlook
+from lamina.fleet import quantity
+from lamina.ops import TORCH, Ops
+from lamina.stack import Stacked
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def simulator(experiment: Experiment, outlook: Outlook, shards: Sequence[Shard], workers: int) -> Engine:
+    """What simulates the devices of an experiment, whose examples are `shards`, `workers` at a time."""
+    spec = outlook.chosen.spec
+    if experiment.enforce:
+        from lamina.engines.enforced import EnforcedEngine
+
+        budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
+        return EnforcedEngine(spec, shards, budgets, min(workers, experiment.cohort))
+    if experiment.engine == "serial":
+        return LocalEngine(spec, shards, workers)
+    ram, disk = (value and quantity("", value) for value in (experiment.prefix_ram, experiment.prefix_disk))
+    return StackedEngine(spec, shards, workers, Prefixes(int(ram), int(disk)), _DTYPES[experiment.precision])
+
+
+def kernels(experiment: Experiment) -> Ops:
+    """What an experiment's networks are evaluated with."""
+    if experiment.enforce or experiment.engine == "serial":
+        return TORCH
+    return Stacked(_DTYPES[experiment.precision])

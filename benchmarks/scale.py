@@ -6,7 +6,8 @@ Task "noise", a network of 4 blocks of width 64 of which every device trains the
 in a process of its own for each number of devices; a sample of 1,000 is evaluated before the first and after the last
 round. `server_seconds` is the CPU time of a round in which devices answer at once, with what they were sent.
 
-Slopes are those of straight lines through the resident memory after each round, by least squares.
+Slopes are those of straight lines through the resident memory after each round, by least squares. The last round is
+among them, and with it the second evaluation.
 """
 
 from __future__ import annotations

@@ -222,7 +222,19 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Any], P
         patch.setitem(WORKLOADS, "tiny", TINY)
         patch.setitem(systems.SYSTEMS, "loop", systems.System("nowhere", "one that is not there"))
         code, said, errors = lamina(
-            "bench", "tiny", "--against", "loop-lean,loop", "--rounds", 1, "--repeats", 1, "--record", path, "--json"
+            "bench",
+            "tiny",
+            "--against",
+            "loop-lean,loop",
+            "--rounds",
+            1,
+            "--settle",
+            1,
+            "--repeats",
+            1,
+            "--record",
+            path,
+            "--json",
         )
     assert code == 0, errors
     return json.loads(said), path, errors
@@ -241,9 +253,13 @@ def lamina(*arguments: object) -> tuple[Any, str, str]:
 
 def test_the_result_of_a_contest(held: tuple[Mapping[str, Any], Path, str]) -> None:
     result, path, said = held
-    assert (result["schema"], result["label"], result["workload"]["about"]) == ("lamina.bench/1", "tiny", TINY.about)
+    assert (result["schema"], result["label"], result["workload"]["about"]) == (
+        "lamina.bench/1",
+        "tiny, settle=1",
+        TINY.about,
+    )
     assert result["settings"] == {
-        "overrides": [], "rounds": 1, "warmup": 1, "repeats": 1, "workers": 1, "tolerance": TOLERANCE
+        "overrides": [], "rounds": 1, "warmup": 1, "settle": 1, "repeats": 1, "workers": 1, "tolerance": TOLERANCE
     }  # fmt: skip
     assert {"cpu", "cores", "memory_bytes", "torch", "load_before"} <= result["machine"].keys()
     rows = result["systems"]
@@ -261,7 +277,7 @@ def test_the_result_of_a_contest(held: tuple[Mapping[str, Any], Path, str]) -> N
     table = tables.contest(result)
     assert [line[:3] for line in table.rows][2] == ("loop", "1", "no result")
     assert all(len(line) == len(table.head) for line in table.rows)
-    assert json.loads(path.read_text())["results"] == {"tiny": result}
+    assert json.loads(path.read_text())["results"] == {"tiny, settle=1": result}
 
 
 def test_weights_that_differ_are_an_error(
@@ -283,7 +299,7 @@ def test_a_record_keeps_other_results(held: tuple[Mapping[str, Any], Path, str],
     contest.record(path, result | {"label": "A, workers=2"})
     contest.record(path, result | {"workload": {}})
     found = json.loads(path.read_text())["results"]
-    assert list(found) == ["A, workers=2", "tiny"] and found["tiny"]["workload"] == {}
+    assert list(found) == ["A, workers=2", "tiny, settle=1"] and found["tiny, settle=1"]["workload"] == {}
     path.write_text('{"schema": "lamina.summary/1"}')
     with pytest.raises(UserError, match=r"bench\.json holds no results of lamina bench"):
         contest.record(path, result)
@@ -296,6 +312,7 @@ def test_a_record_keeps_other_results(held: tuple[Mapping[str, Any], Path, str],
         (["A", "--against", "flowr"], "--against: no system 'flowr'; did you mean 'flower'?"),
         (["A", "--against", "ours"], "--against: no system 'ours'"),
         (["A", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["A", "--settle", "-1"], "--settle must not be negative, got -1"),
         (["A", "--tolerance", "nan"], "--tolerance must be above 0, got nan"),
         (["C", "--set", "workers=2"], "take --rounds, --warmup and --workers"),
         (["C", "--set", "local.steps=0", "--set", "local.batch_size=3"], "let local.batch_size divide task.examples"),

@@ -286,6 +286,7 @@ def bench(
     overrides: Set = NOTHING,
     rounds: Annotated[int, typer.Option(help="Timed rounds of a turn.")] = 3,
     warmup: Annotated[int, typer.Option(help="Rounds of a turn before those.")] = 1,
+    settle: Annotated[int, typer.Option(help="More of them for ours, until most devices have been seen.")] = 0,
     repeats: Annotated[int, typer.Option(help="Turns of each system.")] = 3,
     workers: Annotated[int, typer.Option(help="Devices computed at a time, by systems that can.")] = 1,
     tolerance: Annotated[float, typer.Option(help="How far weights may be apart, beside how far they went.")] = 1e-3,
@@ -298,10 +299,10 @@ def bench(
     from lamina.view import View
 
     names = tuple(name.strip() for name in against.split(",")) if against else ()
-    contest = contests.Contest(workload, names, tuple(overrides), rounds, warmup, repeats, workers, tolerance)
+    contest = contests.Contest(workload, names, tuple(overrides), rounds, warmup, settle, repeats, workers, tolerance)
     view = View(quiet=True)
     try:
-        with view.turns(contest.repeats * len(contest.names) * contest.turn_rounds) as live:
+        with view.turns(contest.all_rounds) as live:
             result = contests.hold(contest, live)
     except KeyboardInterrupt:
         view.say("stopped; nothing is kept of this contest but the environments")

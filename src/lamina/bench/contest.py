@@ -43,6 +43,8 @@ class Contest:
         overrides: Settings as `--set` takes them.
         rounds: Timed rounds of a turn.
         warmup: Rounds before them.
+        settle: More rounds before them, of ours alone, which keeps things across rounds: what it takes when most
+            devices have been seen. The others keep nothing.
         repeats: Turns of each system.
         workers: Devices computed at a time, by those that can.
         tolerance: See `TOLERANCE`.
@@ -53,6 +55,7 @@ class Contest:
     overrides: tuple[str, ...] = ()
     rounds: int = 3
     warmup: int = 1
+    settle: int = 0
     repeats: int = 3
     workers: int = 1
     tolerance: float = TOLERANCE
@@ -71,6 +74,8 @@ class Contest:
         for key in ("rounds", "warmup", "repeats", "workers"):
             if getattr(self, key) < 1:
                 raise UserError(f"--{key} must be at least 1, got {getattr(self, key)}")
+        if self.settle < 0:
+            raise UserError(f"--settle must not be negative, got {self.settle}")
         if not self.tolerance > 0:
             raise UserError(f"--tolerance must be above 0, got {self.tolerance}")
 
@@ -79,15 +84,24 @@ class Contest:
         """The systems, ours first."""
         return (OURS, *dict.fromkeys(self.against or WORKLOADS[self.workload].against))
 
+    def before(self, name: str) -> int:
+        """Rounds of a turn of a system before the timed ones."""
+        return self.warmup + self.settle * (name == OURS)
+
+    def turn_rounds(self, name: str) -> int:
+        """Rounds of a turn of a system, those before the timed ones included."""
+        return self.before(name) + self.rounds
+
     @property
-    def turn_rounds(self) -> int:
-        """Rounds of a turn, those before the timed ones included."""
-        return self.warmup + self.rounds
+    def all_rounds(self) -> int:
+        """Of all systems in all turns."""
+        return self.repeats * sum(map(self.turn_rounds, self.names))
 
     @property
     def label(self) -> str:
         """What tells its result from others in a record."""
         more = [f"workers={self.workers}"] if self.workers > 1 else []
+        more += [f"settle={self.settle}"] if self.settle else []
         return ", ".join([self.workload, *more, *self.overrides])
 
 
@@ -138,16 +152,20 @@ def hold(contest: Contest, tell: Teller) -> dict[str, Any]:
     demand_linux()
     load = os.getloadavg()[0]
     with TemporaryDirectory(prefix="lamina-bench-") as folder:
-        work = WORKLOADS[contest.workload], contest.workload, Path(folder)
-        request = prepare(*work, contest.turn_rounds, contest.workers, contest.overrides)
+        folders = {rounds: Path(folder) / str(rounds) for rounds in map(contest.turn_rounds, contest.names)}
+        for rounds, place in folders.items():  # the first rounds are the same in all
+            place.mkdir()
+            work = WORKLOADS[contest.workload], contest.workload, place
+            prepare(*work, rounds, contest.workers, contest.overrides)
         entries = [_entered(name, tell) for name in contest.names]
         for number in range(1, contest.repeats + 1):
             with TemporaryDirectory(prefix="lamina-bench-") as outs:
                 for entry in entries:
                     if entry.fault is None:
-                        _take_turn(contest, entry, number, request.folder, Path(outs), tell)
+                        asked = folders[contest.turn_rounds(entry.name)]
+                        _take_turn(contest, entry, number, asked, Path(outs), tell)
                     else:
-                        tell.advance(entry.name, contest.turn_rounds)
+                        tell.advance(entry.name, contest.turn_rounds(entry.name))
     return _result(contest, entries) | {"machine": machine() | {"load_before": round(load, 2)}}
 
 
@@ -169,7 +187,7 @@ def _take_turn(contest: Contest, entry: _Entry, number: int, folder: Path, outs:
     started = systems.command(entry.name, entry.python, folder, out)
     tell.advance(note, 0)
     try:
-        played = play(*started, contest.turn_rounds, out, lambda: tell.advance(note, 1))
+        played = play(*started, contest.turn_rounds(entry.name), out, lambda: tell.advance(note, 1))
     except PlayError as error:
         if entry.name == OURS:
             raise UserError(f"lamina itself did not play: {error}") from error
@@ -177,7 +195,8 @@ def _take_turn(contest: Contest, entry: _Entry, number: int, folder: Path, outs:
         entry.fault = str(error)
         return
     entry.turns.append(played)
-    cpu, wall = (median(each[contest.warmup :]) for each in (played.cpu_seconds, played.wall_seconds))
+    before = contest.before(entry.name)
+    cpu, wall = (median(each[before:]) for each in (played.cpu_seconds, played.wall_seconds))
     tell.say(f"{note}: {cpu:.2f} s of CPU, {wall:.2f} s a round")
     paths = (folder / NETWORK, outs / OURS, out)
     entry.apart.append(difference(*(load_file(path / WEIGHTS) for path in paths)))
@@ -243,7 +262,8 @@ def _measured(contest: Contest, entry: _Entry) -> dict[str, Any]:
     }
     if entry.fault is not None:
         return row | dict.fromkeys(MEASURED)
-    cpu, wall = ([getattr(turn, key)[contest.warmup :] for turn in entry.turns] for key in MEASURED[:2])
+    before = contest.before(entry.name)
+    cpu, wall = ([getattr(turn, key)[before:] for turn in entry.turns] for key in MEASURED[:2])
     medians = [median(each for turn in turns for each in turn) for turns in (cpu, wall)]
     return row | {
         "cpu_seconds": medians[0],

@@ -81,8 +81,7 @@ def stacks(jobs: Sequence[Job], spec: Spec, shards: Sequence[Shard]) -> list[lis
         plan, levers = job.plan, job.plan.levers
         shapes = tuple(sorted((name, job.arrays[name].shape) for name in plan.holds)) if plan.keep else plan.holds
         inexact = (levers.frozen_bits, levers.cache_bits, bool(levers.prefix_cache))
-        objective = job.method.objective(job)
-        key = (plan.trains, shapes, plan.network, plan.gradient, kind_of(job), inexact, objective.mutual)
+        key = (plan.trains, shapes, plan.network, plan.gradient, kind_of(job), inexact)
         alike.setdefault(key, []).append(job)
     found: list[list[Job]] = []
     for group in alike.values():

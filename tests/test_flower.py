@@ -457,7 +457,7 @@ def test_a_server_that_is_killed_goes_on_from_the_last_round(tmp_path: Path, clo
         world.link.nodes[10 + device] = world.settings(device, cache=str(tmp_path / f"other-{device}"))
     run, engine = world.begin("killed")
     with pytest.raises(Killed):
-        run.play(engine=SimpleNamespace(run=kill))  # type: ignore[arg-type]
+        run.play(engine=SimpleNamespace(run=kill))
     run, engine = world.real(resume(run.folder))
     run.play(engine=engine)
     assert bits(run.state.params) == bits(whole.state.params)
@@ -496,7 +496,8 @@ def test_devices_say_what_they_have(world: World) -> None:
     assert not notes and sorted(found) == [0, 1, 2]
     assert found[1].budget == {"memory_bytes": 3_000_000, "up_bytes": 1000, "down_bytes": None, "flops": None}
     weak = said(world, 2, world.settings(2, **{"class-name": "weak"}))[0][2]
-    assert weak.class_name == "weak" and weak.budget["memory_bytes"] == world.experiment.fleet[1].memory  # type: ignore[index, union-attr]
+    assert weak.class_name == "weak"
+    assert weak.budget["memory_bytes"] == roster_of(world.experiment).budgets[1].memory_bytes
     assert found[0].budget == dict.fromkeys(found[1].budget)
     assert [peer.examples for peer in found.values()] == [len(each) for each in world.begin()[0].task.train]
 
@@ -628,7 +629,7 @@ def test_a_device_refuses_jobs_that_are_not_sound(world: World, change: Any, rea
         jobs.extend(asked)
         return iter([Failure(job.turn, "") for job in jobs])
 
-    run.play(engine=SimpleNamespace(run=listen))  # type: ignore[arg-type]
+    run.play(engine=SimpleNamespace(run=listen))
     job = jobs[1]
     head = wire.job_to_json(job, engine.spec) | {"base": engine.base, "run": "r", "state": -1}
     message = Message(record(*wire.pack(*change(head, dict(job.arrays)))), dst_node_id=11, message_type="train")

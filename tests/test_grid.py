@@ -175,7 +175,7 @@ def grid(tmp_path: Path) -> Iterator[Grid]:
 
 def test_a_device_that_is_killed_costs_its_update_and_no_process_stays(grid: Grid) -> None:
     fleet = [{"name": "strong", "speed": "1 TFLOP/s"}, {"name": "weak", "memory": 243224, "speed": "1 TFLOP/s"}]
-    changes: dict[str, Any] = {"clock": {"deadline": 45.0}, "fleet": fleet}
+    changes: dict[str, Any] = {"clock": {"deadline": 35.0}, "fleet": fleet}
     table = write_world(grid.folder, engine="serial", rounds=2, cohort=3, **changes)
     table["task"] |= {"devices": 3}
     file, out = grid.folder / "x.toml", grid.folder / "runs"

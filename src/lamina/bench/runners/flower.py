@@ -59,7 +59,7 @@ class _Cohorts(FedAvg):
 
     def configure_train(self, *asked: Any) -> Iterable[Any]:
         for index, message in enumerate(super().configure_train(*asked)):
-            own = {"folder": str(self._request.folder), "index": index}
+            own: Any = {"folder": str(self._request.folder), "index": index}
             given: Any = message.content
             config = ConfigRecord({**given["config"], **own})
             message.content = RecordDict({"arrays": given["arrays"], "config": config})

@@ -102,6 +102,7 @@ OPTIONS = {
     "pretrain": "FILE --set --json",
     "import": "FOLDER --out --name --force --json",
     "export": "RUN --out --dtype --force --json",
+    "profile": "--name --reserve --json",
 }
 
 

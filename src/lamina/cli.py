@@ -279,6 +279,31 @@ def export(
         view.say(f"adapter {done.folder / 'adapter'}" if done.adapter is True else f"no adapter: {done.adapter}")
 
 
+@app.command()
+def profile(
+    name: Annotated[str, typer.Option(help="Of the class; by default that of this machine.")] = "",
+    reserve: Annotated[str, typer.Option(help="Free memory that is not for training.")] = "384 MiB",
+    as_json: Json = False,
+) -> None:
+    """Measure what this machine can spare, and print it as a class of the fleet."""
+    import platform
+
+    from lamina import profile as profiles
+    from lamina.fleet import quantity
+    from lamina.view import View
+
+    try:
+        reserve_bytes = quantity("--reserve", reserve)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    View(quiet=True).say("training a small network for some seconds")
+    found = profiles.profile(name or platform.node() or "device", reserve_bytes)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found.toml(), end="")
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 

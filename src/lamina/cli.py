@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lamina import files
+from lamina.deploy.cli import deploy
 from lamina.errors import UserError
 
 if TYPE_CHECKING:
     from lamina.config import Experiment
     from lamina.experiment import Outlook
-    from lamina.run import Run
+    from lamina.run import RoundRow, Run
+    from lamina.server import DeviceRow
     from lamina.view import View
+
+    Play = Callable[[Callable[[RoundRow, Sequence[DeviceRow]], None], Callable[[int, int], None]], dict[str, Any]]
 
 app = typer.Typer(
     help="Federated finetuning of small pretrained Transformers under device budgets.",
@@ -26,6 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(deploy, name="deploy")
 
 File = Annotated[Path, typer.Argument(help="TOML file.", show_default=False)]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: local.lr=0.001.")]
@@ -44,7 +51,7 @@ def run(
     """Run an experiment: plan, train round by round, report."""
     if (file is None) == (resume is None) or (resume and overrides):
         raise UserError("lamina run takes a TOML file, or --resume FOLDER alone")
-    from lamina import config, tables
+    from lamina import config
     from lamina import run as runs
     from lamina.view import View
 
@@ -60,17 +67,19 @@ def run(
             assert file is not None
             current = runs.start(config.load_experiment(file, overrides), out)
             held.enter_context(files.lock(current.folder))
-        summary = _play(current, view)
-    if as_json:
-        _print_json(summary)
-        return
-    for table in (tables.outcome(summary), tables.totals(summary)):
-        view.table(table)
-    view.say(f"report {current.folder / 'report.md'}, network {current.folder / 'model'}")
+        show_run(current, view, current.play, f"lamina run --resume {current.folder}", as_json)
 
 
-def _play(current: Run, view: View) -> dict[str, Any]:
-    """Show the plan, then the rounds as they go."""
+def show_run(current: Run, view: View, play: Play, again: str, as_json: bool) -> None:
+    """Show the plan, then the rounds as they go, then the result.
+
+    Args:
+        current: The run.
+        view: Where to.
+        play: Plays it: given what is told of each round, and of the progress in it; returns the summary.
+        again: The command that goes on after a stop.
+        as_json: Print the summary instead of tables.
+    """
     from lamina import tables
 
     view.table(tables.networks(current.outlook.network_json()))
@@ -82,10 +91,16 @@ def _play(current: Run, view: View) -> dict[str, Any]:
     classes = [group.name for group in current.outlook.groups]
     try:
         with view.rounds(current.state.round, current.experiment.rounds) as live:
-            return current.play(lambda row, devices: live.round(row, devices, classes), live.progress)
+            summary = play(lambda row, devices: live.round(row, devices, classes), live.progress)
     except KeyboardInterrupt:
-        view.say(f"stopped; go on with: lamina run --resume {current.folder}")
+        view.say(f"stopped; go on with: {again}")
         raise typer.Exit(130) from None
+    if as_json:
+        _print_json(summary)
+        return
+    for table in (tables.outcome(summary), tables.totals(summary)):
+        view.table(table)
+    view.say(f"report {current.folder / 'report.md'}, network {current.folder / 'model'}")
 
 
 @app.command()

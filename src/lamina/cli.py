@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +18,6 @@ from lamina.errors import UserError
 if TYPE_CHECKING:
     from lamina.config import Experiment
     from lamina.experiment import Outlook
-    from lamina.run import RoundRow, Run
-    from lamina.server import DeviceRow
-    from lamina.view import View
-
-    Play = Callable[[Callable[[RoundRow, Sequence[DeviceRow]], None], Callable[[int, int], None]], dict[str, Any]]
 
 app = typer.Typer(
     help="Federated finetuning of small pretrained Transformers under device budgets.",
@@ -67,40 +61,15 @@ def run(
             assert file is not None
             current = runs.start(config.load_experiment(file, overrides), out)
             held.enter_context(files.lock(current.folder))
-        show_run(current, view, current.play, f"lamina run --resume {current.folder}", as_json)
-
-
-def show_run(current: Run, view: View, play: Play, again: str, as_json: bool) -> None:
-    """Show the plan, then the rounds as they go, then the result.
-
-    Args:
-        current: The run.
-        view: Where to.
-        play: Plays it: given what is told of each round, and of the progress in it; returns the summary.
-        again: The command that goes on after a stop.
-        as_json: Print the summary instead of tables.
-    """
-    from lamina import tables
-
-    view.table(tables.networks(current.outlook.network_json()))
-    for table in tables.of_classes(current.outlook.classes_json()):
-        view.table(table)
-    for note in current.task.notes:
-        view.say(f"note: {note}")
-    view.say(f"run folder {current.folder}")
-    classes = [group.name for group in current.outlook.groups]
-    try:
-        with view.rounds(current.state.round, current.experiment.rounds) as live:
-            summary = play(lambda row, devices: live.round(row, devices, classes), live.progress)
-    except KeyboardInterrupt:
-        view.say(f"stopped; go on with: {again}")
-        raise typer.Exit(130) from None
+        try:
+            summary = view.play(current)
+        except KeyboardInterrupt:
+            view.say(f"stopped; go on with: lamina run --resume {current.folder}")
+            raise typer.Exit(130) from None
     if as_json:
         _print_json(summary)
         return
-    for table in (tables.outcome(summary), tables.totals(summary)):
-        view.table(table)
-    view.say(f"report {current.folder / 'report.md'}, network {current.folder / 'model'}")
+    view.outcome(current, summary)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")] = False,
 ) -> None:
     """Run an experiment on the devices that have joined; to be called where the server runs."""
-    from lamina import cli, config, files
+    from lamina import config, files
     from lamina import run as runs
     from lamina.deploy import kit, submit
     from lamina.errors import UserError
@@ -83,8 +84,16 @@ def run(
     else:
         assert file is not None
         current = runs.start(config.load_experiment(file, overrides), out.absolute())
-    again = f"lamina deploy run {folder} --resume {current.folder}"
-    cli.show_run(current, View(quiet=as_json), submit.player(found, current), again, as_json)
+    view = View(quiet=as_json)
+    try:
+        summary = view.play(current, play=lambda on_round: submit.play(found, current, on_round))
+    except KeyboardInterrupt:
+        view.say(f"stopped; go on with: lamina deploy run {folder} --resume {current.folder}")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(summary, indent=2, allow_nan=False))
+    else:
+        view.outcome(current, summary)
 
 
 def host_port(host: str, port: int) -> str:

@@ -43,20 +43,28 @@ def run_command(folder: Path) -> list[str]:
     return [processes.program("flwr"), "run", str(APP), processes.LINK, "--stream", "-c", f"resume={_quoted(folder)}"]
 
 
-def player(kit: Kit, current: Run) -> Callable[[OnRound, Callable[[int, int], None]], dict[str, Any]]:
-    """What plays a run on the kit's devices; interrupted, it stops the run."""
+def play(kit: Kit, run: Run, on_round: OnRound) -> dict[str, Any]:
+    """Have a run played by the kit's server on its devices.
 
-    def play(on_round: OnRound, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
-        del on_progress  # what happens within a round is not in the folder
-        committed = Committed(current)
-        with submitted(kit, current.folder) as run:
-            while run.going():
-                committed.tell(on_round)
-                time.sleep(_POLL_SECONDS)
+    Args:
+        kit: Its server runs on this machine.
+        run: Begun, or to be resumed; nobody works in its folder.
+        on_round: Told about each finished round.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        UserError: The run did not finish, and why.
+        KeyboardInterrupt: It was stopped, on the server too.
+    """
+    committed = Committed(run)
+    with submitted(kit, run.folder) as there:
+        while there.going():
             committed.tell(on_round)
-            return _summary(current.folder, run.reason())
-
-    return play
+            time.sleep(_POLL_SECONDS)
+        committed.tell(on_round)
+        return _summary(run.folder, there.reason())
 
 
 class Committed:

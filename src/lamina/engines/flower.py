@@ -1,0 +1,295 @@
+"""Devices on real machines, over Flower: it carries bytes, tells devices apart, and says who is there.
+
+Beutel et al. (2020), "Flower: A Friendly Federated Learning Research Framework". Nothing of its strategies is used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from lamina import wire
+from lamina.clock import LATE
+from lamina.errors import UserError
+from lamina.job import Failure, Job, Update
+from lamina.node import STATE
+from lamina.spec import Spec
+from lamina.units import duration
+from lamina.wire import WireError
+
+POLL_SECONDS = 0.5
+HELLO_SECONDS = 60.0
+"""How long a round waits for a device that has just connected to say who it is."""
+SKEW_SECONDS = 120.0
+"""Difference of clocks from which on people are told; Flower refuses devices from 300 s on."""
+_CONTENT = "lamina"
+_ERRORS = {
+    1: "its app did not load",
+    2: "its client failed",
+    3: "its answer did not arrive whole",
+    4: "its answer did not arrive whole",
+    5: "its node is gone",
+    7: "its app is not the server's",
+    8: "its client was ended",
+}
+
+
+def record(index: str, data: bytes) -> RecordDict:
+    """What Flower carries of a message: one array of bytes, and a text."""
+    array = Array(dtype="uint8", shape=(len(data),), stype="bytes", data=data)
+    return RecordDict({_CONTENT: ArrayRecord({_CONTENT: array}), "index": ConfigRecord({"index": index})})
+
+
+def parts(content: RecordDict) -> tuple[str, bytes]:
+    """Index and bytes of a message, unchecked but for being there.
+
+    Raises:
+        WireError: They are not.
+    """
+    try:
+        return content.config_records["index"]["index"], content.array_records[_CONTENT][_CONTENT].data  # type: ignore[return-value]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WireError("it is not a message of lamina") from error
+
+
+@dataclass
+class Peer:
+    """A device that is connected.
+
+    Attributes:
+        node: Flower's number of it.
+        device: Its index.
+        class_name: As it says.
+        budget: As it says: resource -> amount or None.
+        examples: That it has.
+        known: Tensors that it has, and their SHA-256.
+    """
+
+    node: int
+    device: int
+    class_name: str
+    budget: Mapping[str, int | None]
+    examples: int
+    known: dict[str, str]
+
+
+@dataclass
+class FlowerEngine:
+    """Carries jobs to the devices of a Flower grid and updates back, in the order in which they come.
+
+    Attributes:
+        grid: Of a ServerApp.
+        spec: The server's network.
+        base: Digest of the pretrained network, see `networks.digest`.
+        run_id: Under which devices keep state for the method.
+        devices: How many there are.
+        wanted: A round ends when so many have answered; None: when all have.
+        deadline_seconds: After which a round ends; 0: none.
+        min_updates: With fewer devices connected, a round waits.
+        wait_seconds: How long, and how long the first round waits for all devices.
+        say: Told what people should know.
+        traffic: Bytes of messages "sent" and "received", without what Flower and the network add.
+    """
+
+    grid: Grid
+    spec: Spec
+    base: str
+    run_id: str
+    devices: int
+    wanted: int | None = None
+    deadline_seconds: float = 0.0
+    min_updates: int = 1
+    wait_seconds: float = 300.0
+    say: Callable[[str], None] = print
+    traffic: Counter[str] = field(default_factory=Counter)
+    peers: dict[int, Peer] = field(default_factory=dict)
+    _hellos: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _seen: set[int] = field(default_factory=set)
+
+    def gather(self) -> Mapping[int, Peer]:
+        """Wait until all devices are connected, or so long as a round waits; returns those that are, by index."""
+        self._wait(lambda: len(self.peers) >= self.devices, self.wait_seconds)
+        return dict(sorted(self.peers.items()))
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        """Answers as they come; who did not answer in time, or is not connected, is a failure.
+
+        Raises:
+            UserError: Fewer than `min_updates` devices are connected, and have not come in `wait_seconds` either.
+        """
+        self._greet()
+        self._wait(lambda: not self._hellos, HELLO_SECONDS)
+        asked, absent = dict[str, Job](), list[Job]()
+        for job in jobs:
+            if job.turn.device in self.peers:
+                asked[self._ask(job)] = job
+            else:
+                absent.append(job)
+        if len(asked) < self.min_updates:
+            for job in self._come(absent, self.min_updates - len(asked)):
+                asked[self._ask(job)] = job
+        yield from (Failure(job.turn, "not connected") for job in absent)
+        yield from self._answers(asked)
+
+    def _come(self, absent: list[Job], wanted: int) -> list[Job]:
+        """Of those who are not there, those who come; they are no longer absent."""
+
+        def here() -> list[Job]:
+            return [job for job in absent if job.turn.device in self.peers]
+
+        if absent and not self._wait(lambda: len(here()) >= wanted, self.wait_seconds):
+            names = ", ".join(str(job.turn.device) for job in absent if job not in here())
+            raise UserError(
+                f"round {absent[0].turn.round + 1}: devices {names} have not connected within "
+                f"{duration(self.wait_seconds)}, and without them there are fewer than {self.min_updates}; "
+                "start them, then go on with --resume"
+            )
+        found = here()
+        absent[:] = [job for job in absent if job not in found]
+        return found
+
+    def _answers(self, asked: dict[str, Job]) -> Iterator[Update | Failure]:
+        """What comes in answer, until the round is over."""
+        end = time.monotonic() + self.deadline_seconds if self.deadline_seconds else None
+        again, used = set[int](), 0
+        while asked and (self.wanted is None or used < self.wanted) and (end is None or time.monotonic() < end):
+            for reply in self._pull(asked):
+                job = asked.pop(reply.metadata.reply_to_message_id, None)
+                if job is None:  # answered before
+                    continue
+                answer = self._read(reply, job)
+                if answer is None and job.turn.device not in again:
+                    again.add(job.turn.device)
+                    asked[self._ask(job)] = job
+                    continue
+                used += isinstance(answer, Update)
+                yield answer or Failure(job.turn, "lacks tensors that it was sent")
+            if asked:
+                time.sleep(POLL_SECONDS)
+        yield from (Failure(job.turn, LATE) for job in asked.values())
+
+    def _read(self, reply: Message, job: Job) -> Update | Failure | None:
+        """The answer to a job, checked; None if the device lacks tensors of it."""
+        if reply.has_error():
+            return Failure(job.turn, _told(reply))
+        try:
+            message = self._unpack(reply)
+            peer = self.peers.get(job.turn.device)
+            if message.head.get("answer") == "lacks":
+                if peer:
+                    peer.known = _known(message)
+                return None
+            answer = wire.read_answer(message, job.turn)
+            if isinstance(answer, Update) and message.get(STATE, bool):
+                answer = replace(answer, state={"round": torch.tensor([job.turn.round])})
+            return answer
+        except WireError as error:
+            return Failure(job.turn, f"its answer is refused: {error}")
+
+    def _ask(self, job: Job) -> str:
+        """Send a job to its device; the id of the message."""
+        peer = self.peers[job.turn.device]
+        kept = int(job.state["round"]) if job.state else -1
+        head = wire.job_to_json(job, self.spec) | {"base": self.base, "run": self.run_id, STATE: kept}
+        index, data = wire.pack(head, job.arrays, frozenset(peer.known.values()))
+        peer.known |= {name: row.sha256 for name, row in wire.read_index(index)[1].items()}
+        return self._push(peer.node, "train", index, data)
+
+    def _push(self, node: int, kind: str, index: str, data: bytes) -> str:
+        self.traffic["sent"] += len(index.encode()) + len(data)
+        ttl = self.deadline_seconds if kind == "train" and self.deadline_seconds else None
+        message = Message(record(index, data), dst_node_id=node, message_type=kind, ttl=ttl)
+        return next(iter(self.grid.push_messages([message])))
+
+    def _pull(self, asked: Iterable[str]) -> list[Message]:
+        """What has come for the given messages; hellos that have come are taken in."""
+        found = list(self.grid.pull_messages([*asked, *self._hellos]))
+        for reply in found:
+            if sent := self._hellos.pop(reply.metadata.reply_to_message_id, None):
+                self._welcome(reply, *sent)
+        return found
+
+    def _wait(self, enough: Callable[[], bool], seconds: float) -> bool:
+        """Look who is there until there are enough; False if that took too long."""
+        end = time.monotonic() + seconds
+        while not enough():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(POLL_SECONDS)
+            self._greet()
+            if self._hellos:
+                self._pull(())
+        return True
+
+    def _greet(self) -> None:
+        """Ask who is new what it is, and forget who has gone."""
+        nodes = set(self.grid.get_node_ids())
+        self.peers = {device: peer for device, peer in self.peers.items() if peer.node in nodes}
+        self._hellos = {key: sent for key, sent in self._hellos.items() if sent[0] in nodes}
+        self._seen &= nodes
+        for node in sorted(nodes - self._seen):
+            self._seen.add(node)
+            self._hellos[self._push(node, "query", *wire.pack({}))] = (node, time.time())
+
+    def _welcome(self, reply: Message, node: int, sent: float) -> None:
+        """Take in what a device says of itself."""
+        try:
+            if reply.has_error():
+                raise WireError(_told(reply))
+            message = self._unpack(reply)
+            if "reason" in message.head:
+                raise WireError(wire.short(message.get("reason", str), 300, plain=True))
+            device, examples = message.get("device", int), message.get("examples", int)
+            budget = _budget(message.get("budget", dict))
+            if not 0 <= device < self.devices:
+                raise WireError(f"it says that it is device {device}; there are {self.devices}, counted from 0")
+            if examples < 1:
+                raise WireError(f"device {device} has no examples")
+            if device in self.peers:
+                raise WireError(
+                    f"it says that it is device {device}, which is another node's; each needs its own index"
+                )
+            peer = Peer(node, device, message.get("class", str), budget, examples, _known(message))
+            skew = _skew(message.get("seconds", float), sent)
+        except WireError as error:
+            self.say(f"note: node {node} does not take part: {error}")
+            return
+        self.peers[device] = peer
+        if abs(skew) > SKEW_SECONDS:
+            self.say(f"note: the clock of device {device} differs by {skew:.0f} s from the server's")
+
+    def _unpack(self, reply: Message) -> wire.Message:
+        index, data = parts(reply.content)
+        self.traffic["received"] += len(index) + len(data)
+        return wire.unpack(index, data)
+
+
+def _told(reply: Message) -> str:
+    """What an error of Flower means. Its text stays where it is: it may tell of the data."""
+    return _ERRORS.get(reply.error.code, f"Flower reports error {reply.error.code}")
+
+
+def _known(message: wire.Message) -> dict[str, str]:
+    found = message.get("known", dict)
+    if not all(type(value) is str for value in found.values()):
+        raise WireError("known must be tensors and their SHA-256")
+    return dict(found)
+
+
+def _budget(given: dict[str, Any]) -> dict[str, int | None]:
+    if not all(value is None or (type(value) is int and value > 0) for value in given.values()):
+        raise WireError(f"its budget is not made of amounts above 0: {wire.short(given)}")
+    return given
+
+
+def _skew(theirs: float, sent: float) -> float:
+    """Seconds by which their clock is ahead, as far as the time between question and answer tells."""
+    now = time.time()
+    return max(theirs - now, 0.0) or min(theirs - sent, 0.0)

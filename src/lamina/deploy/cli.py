@@ -70,6 +70,7 @@ def run(
     from lamina import config, files
     from lamina import run as runs
     from lamina.deploy import kit, submit
+    from lamina.deployed import real
     from lamina.errors import UserError
     from lamina.view import View
 
@@ -83,7 +84,7 @@ def run(
             current = runs.resume(resume.absolute())
     else:
         assert file is not None
-        current = runs.start(config.load_experiment(file, overrides), out.absolute())
+        current = runs.start(real(config.load_experiment(file, overrides)), out.absolute())
     view = View(quiet=as_json)
     try:
         summary = view.play(current, play=lambda on_round: submit.play(found, current, on_round))

@@ -24,10 +24,9 @@ def init(
 ) -> None:
     """Make a kit: certificates, a key pair per device, systemd units, and a page that says what to do with them."""
     from lamina.deploy import kit
-    from lamina.view import View
 
     made = kit.make(folder, server, port, devices, force)
-    View().say(f"kit {made.folder}: server {host_port(made.host, made.port)}, {devices} devices; see README.md there")
+    typer.echo(f"kit {made.folder}: server {host_port(made.host, made.port)}, {devices} devices; see README.md there")
 
 
 @deploy.command()
@@ -35,10 +34,9 @@ def serve(folder: Folder) -> None:
     """Be the server of a kit, until stopped."""
     from lamina.deploy import kit
     from lamina.deploy.serve import serve as run_server
-    from lamina.view import View
 
     try:
-        run_server(kit.load(folder), View().say)
+        run_server(kit.load(folder), typer.echo)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

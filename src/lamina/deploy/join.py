@@ -138,7 +138,7 @@ def enter(device: Device) -> None:
     client = FleetHttpClient.from_server_address(
         device.address,
         False,
-        str(device.folder / "ca.crt"),
+        (device.folder / "ca.crt").read_bytes(),
         [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())],
     )
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from lamina import config, files
+from lamina import files
 from lamina.deploy.kit import Kit
 from lamina.errors import UserError
 
@@ -73,9 +74,14 @@ def home(kit: Kit) -> Path:
 
 def write_link(kit: Kit, port: int) -> None:
     """Tell Flower's command line where the SuperLink is."""
-    link = {"address": f"127.0.0.1:{port}", "root-certificates": str(kit.folder / "ca.crt")}
-    text = config.dump({"superlink": {"default": LINK}}) + config.dump({f"superlink.{LINK}": link})
-    files.write(home(kit) / "config.toml", text)
+    lines = (
+        "[superlink]",
+        f'default = "{LINK}"',
+        f"[superlink.{LINK}]",
+        f'address = "127.0.0.1:{port}"',
+        f"root-certificates = {json.dumps(str(kit.folder / 'ca.crt'), ensure_ascii=False)}",
+    )
+    files.write(home(kit) / "config.toml", "\n".join(lines) + "\n")
 
 
 def free_port() -> int:

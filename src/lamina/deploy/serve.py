@@ -129,7 +129,7 @@ def register(kit: Kit, port: int) -> None:
             raise UserError(f"{path} is not the public key of a device: copy it from the kit, or make a new kit")
         wanted[public_key_to_bytes(key)] = name
     client = ControlHttpClient.from_server_address(
-        f"127.0.0.1:{port}", False, str(kit.folder / "ca.crt"), [RuntimeVersionHttpInterceptor("CLI")]
+        f"127.0.0.1:{port}", False, (kit.folder / "ca.crt").read_bytes(), [RuntimeVersionHttpInterceptor("CLI")]
     )
     try:
         known = {node.public_key: node.node_id for node in client.ListNodes(ListNodesRequest()).nodes_info}

@@ -33,9 +33,7 @@ def demand_server(kit: Kit) -> None:
         UserError: It does not.
     """
     if not is_locked(kit.state):
-        raise UserError(
-            f"no server of {kit.folder} runs on this machine; start it with: lamina deploy serve {kit.folder}"
-        )
+        raise UserError(f"no server of {kit.folder} runs here; start it with: lamina deploy serve {kit.folder}")
 
 
 def run_command(folder: Path) -> list[str]:

@@ -6,7 +6,8 @@ Task "noise", a network of 4 blocks of width 64 of which every device trains the
 in a process of its own for each number of devices; a sample of 1,000 is evaluated before the first and after the last
 round. `server_seconds` is the CPU time of a round in which devices answer at once, with what they were sent.
 
-Slopes are those of straight lines through the resident memory after each round, by least squares.
+Slopes are those of straight lines through the resident memory after each round, by least squares. The last round is
+among them, and with it the second evaluation.
 """
 
 from __future__ import annotations
@@ -56,28 +57,30 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--steps", type=int, default=4, help="local steps of a device")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--engine", default="auto")
     parser.add_argument("--devices", type=int, help="this number alone, in this process")
     given = parser.parse_args()
     local = Local(steps=given.steps, batch_size=given.batch_size)
     if given.devices:
-        files.write_json(given.path, cell(given.devices, local, ROUNDS.get(given.devices, 20)))
+        files.write_json(given.path, cell(given.devices, local, given.engine, ROUNDS.get(given.devices, 10)))
         return
     found = []
     for devices in ROUNDS:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "cell.json"
-            more = ["--steps", str(given.steps), "--batch-size", str(given.batch_size)]
+            more = ["--steps", str(given.steps), "--batch-size", str(given.batch_size), "--engine", given.engine]
             subprocess.run([sys.executable, __file__, str(part), "--devices", str(devices), *more], check=True)
             found.append(json.loads(part.read_text(encoding="utf-8")))
         print(found[-1], flush=True)
-    settings = {"cohort": COHORT, "steps": given.steps, "batch_size": given.batch_size, "window": WINDOW}
+    settings = {"cohort": COHORT, "window": WINDOW}
+    settings |= {key: getattr(given, key) for key in ("engine", "steps", "batch_size")}
     files.write_json(given.path, {"environment": environment(), "settings": settings, "cells": found})
 
 
-def cell(devices: int, local: Local, rounds: int) -> dict[str, Any]:
+def cell(devices: int, local: Local, engine: str, rounds: int) -> dict[str, Any]:
     """What one number of devices takes."""
     with tempfile.TemporaryDirectory() as folder:
-        table = experiment(Path(folder), devices, local, rounds)
+        table = experiment(Path(folder), devices, local, rounds) | {"engine": engine}
         before, tick = rss(), time.perf_counter()
         run = start(config.experiment(table, "benchmark"), Path(folder) / "runs")
         started = time.perf_counter() - tick

@@ -11,12 +11,18 @@ from hypothesis import settings
 
 from lamina import model
 from lamina.layout import Params
+from lamina.run import usable_cores
 from lamina.spec import Spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which only test modules do
 torch.set_num_threads(1)
 settings.register_profile("lamina", deadline=None)
 settings.load_profile("lamina")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes that `-n auto` makes: one for each core that this one may use."""
+    return usable_cores()
 
 
 @pytest.fixture(scope="session")

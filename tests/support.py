@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from lamina import checkpoint, client, config, model
 from lamina.cost import Cost, cost
 from lamina.data.task import Shard
 from lamina.data.text import ALPHABET
+from lamina.duals import Duals
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
+from lamina.ledger import Ledger
 from lamina.methods import METHODS, Method
 from lamina.methods.adapters import Adapters
 from lamina.methods.blocks import Alf, Caff
@@ -30,11 +33,14 @@ from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask
 from lamina.methods.slora import SLora
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL
+from lamina.ops import TORCH, Ops
 from lamina.run import Run, start
 from lamina.server import DeviceRow, play_round
+from lamina.shapes import FLOAT_BYTES
 from lamina.spec import Spec
 from lamina.state import State
 from lamina.turn import generator
+from lamina.watch import Watch
 
 Table = dict[str, Any]
 
@@ -200,6 +206,27 @@ def play(run: Run, devices: Devices | None = None, state: State | None = None) -
     """One round from the first state, or from the given one."""
     examples = [len(shard) for shard in run.task.train]
     return play_round(run.experiment, run.outlook, examples, devices or Devices(run), state or run.state)
+
+
+def taken(kernel: Callable[[Ops, Callable[..., Any]], Any]) -> tuple[int, int]:
+    """Bytes that a kernel on dual numbers takes at its peak, as predicted and as measured, without what goes in.
+
+    Args:
+        kernel: Calls it, given kernels and what makes tensors of a shape.
+    """
+    books, given = Ledger(1), list[Any]()
+
+    def made(make: Callable[..., Any], *shape: int) -> Any:
+        given.append(make(shape))
+        return given[-1]
+
+    with torch.no_grad():
+        kernel(Duals(books), partial(made, books.blank))
+        inputs = FLOAT_BYTES * sum(each.numel() for each in given)
+        with Watch() as watched:
+            kernel(Duals(TORCH), partial(made, torch.randn))
+    predicted, measured = (sum(each.timeline.peak()[0].values()) for each in (books, watched))
+    return predicted - inputs, measured - inputs
 
 
 def bits(params: Mapping[str, Tensor]) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """The device against steps written by hand, and the batches it runs through."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from lamina import client, model, optim
 from lamina.data.task import Pairs, Shard
 from lamina.job import Job, Local, Turn, Update
 from lamina.layout import Params
+from lamina.levers import Levers
 from lamina.methods.blocks import Caff
 from lamina.plan import Plan, narrow
 
@@ -66,6 +67,32 @@ def test_a_step_of_sgd_by_hand(plan: Plan, shard: Shard) -> None:
     agree(update, {name: PARAMS[name] - 0.3 * (g + 0.1 * PARAMS[name]) for name, g in grads.items()})
     assert update.loss == pytest.approx(loss, rel=1e-6)
     assert (update.turn, update.examples, update.steps) == (TURN, len(shard), 1)
+
+
+@dataclass(frozen=True)
+class Turning:
+    """Windows that are read from elsewhere in each turn, as images that are moved and turned over."""
+
+    windows: Pairs
+    first: int = 0
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.windows.batch((rows + self.first) % len(self))
+
+    def at(self, turn: Turn) -> "Turning":
+        return Turning(self.windows, 1 + turn.round)
+
+
+@pytest.mark.parametrize("levers", [Levers(), Levers(prefix_cache="ram")], ids=["plain", "cached"])
+def test_examples_are_those_of_the_turn(levers: Levers, shard: Shard) -> None:
+    plan, turning = replace(PLANS["last 1 of 3"], levers=levers), Turning(Pairs(*shard.batch(np.arange(len(shard)))))
+    asked = job(plan, replace(SGD, steps=2), Turn(seed=0, round=3, rounds=5))
+    update = client.train(asked.owned(), turning, SPEC)
+    agree(update, client.train(asked.owned(), Pairs(*turning.at(asked.turn).batch(np.arange(len(shard)))), SPEC).arrays)
+    assert "head.weight" in moved(update.arrays, client.train(asked.owned(), turning.windows, SPEC).arrays)
 
 
 def test_momentum_by_hand(shard: Shard) -> None:

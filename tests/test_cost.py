@@ -21,7 +21,7 @@ from lamina import client, model
 from lamina.cost import Cost, cost
 from lamina.job import Job, Local, Turn
 from lamina.layout import Axis, Params
-from lamina.measure import measure, watch
+from lamina.measure import watch
 from lamina.ops import TORCH, Ops
 from lamina.plan import Keep, Plan, narrow
 from lamina.shapes import FLOAT_BYTES, INDEX_BYTES
@@ -338,13 +338,3 @@ def test_the_allocator_says_the_same(kind: Kind, trained: int, batch: int) -> No
     given = memory.weights + 2 * INDEX_BYTES * batch * TOKENS
     peak = allocated_peak(make_job(spec, plan, local), spec)
     assert 0.98 * (memory.total - given) <= peak <= 1.1 * (memory.total - given)
-
-
-def test_a_measurement_in_a_process_of_its_own_agrees() -> None:
-    spec = adapted(WIDTHS["width 16"], "lora all")
-    plan = tail_plan(spec, 2)
-    measured = measure(spec, plan, LOCAL, TOKENS)
-    predicted = price(spec, plan, steps=2)
-    assert measured.memory.total == pytest.approx(predicted.memory_bytes, abs=3 * FLOAT_BYTES)
-    assert measured.rss_bytes > 0
-    assert set(measured.to_json()["memory"]) == set(predicted.to_json()["memory"])

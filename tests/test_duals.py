@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from specs import SPECS, TOKENS
+from support import taken
 from torch import Tensor
 
 from lamina import measure, model
@@ -16,14 +17,12 @@ from lamina.cost import cost
 from lamina.duals import Dual, Duals, parts
 from lamina.job import Local, Turn
 from lamina.layout import Params
-from lamina.ledger import Ledger
 from lamina.levers import Levers
 from lamina.methods import Method
 from lamina.model import Batch, Output
 from lamina.ops import TORCH, Ops
 from lamina.plan import Plan
 from lamina.spec import LINEARS, Act, Groups, Lora, Spec
-from lamina.watch import Watch
 
 NETWORKS = {
     **SPECS,
@@ -185,26 +184,7 @@ KERNELS: dict[str, Any] = {
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
 def test_what_a_kernel_takes_meanwhile_is_in_its_price(kernel: Any) -> None:
     """To a few numbers, as for masks of bytes. What goes in is not counted."""
-    given: list[Any] = []
-    books = Ledger(1)
-
-    def blank(*shape: int) -> Tensor:
-        given.append(books.blank(shape))
-        return cast(Tensor, given[-1])
-
-    def random(*shape: int) -> Tensor:
-        given.append(torch.randn(shape))
-        return cast(Tensor, given[-1])
-
-    with torch.no_grad():
-        kernel(Duals(books), blank)
-        inputs = 4 * sum(each.numel() for each in given)
-        with Watch() as watched:
-            watched_given = len(given)
-            kernel(Duals(TORCH), random)
-    inputs_seen = sum(each.nbytes for each in given[watched_given:])
-    predicted = sum(books.timeline.peak()[0].values()) - inputs
-    measured = sum(watched.timeline.peak()[0].values()) - inputs_seen
+    predicted, measured = taken(kernel)
     assert abs(predicted - measured) <= 160 and measured > 500
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support import Table, begin, write_world
 from test_families import batch, make
+from vocabularies import write_bert
 
 from lamina import adapter, card, checkpoint, cli, model
 from lamina.data.text import ALPHABET
@@ -21,6 +24,7 @@ from lamina.errors import UserError
 from lamina.export import export
 from lamina.layout import Params
 from lamina.spec import LINEARS, Lora, Spec, layout
+from lamina.turn import generator
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -254,3 +258,32 @@ def test_a_head_that_no_class_has_in_the_lines_of_the_card(
         exec("\n".join(lines), space)
     expected = model.forward(spec, params, model.batch(spec, inputs))[:, 0]
     torch.testing.assert_close(space["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_lines_of_the_worked_example_count_what_the_run_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """An encoder with a head on the mean of its tokens, in `transformers`, over all test texts; some are cut."""
+    page = Path(__file__).parents[1] / "docs" / "examples" / "banking77.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    make(tmp_path / "bert", "bert", vocab_size=150, max_position_embeddings=64)
+    shutil.copyfile(write_bert(tmp_path / "words") / "vocab.txt", tmp_path / "bert" / "vocab.txt")
+    (tmp_path / "data").mkdir()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    for part, texts in {"train": 90, "test": 300}.items():
+        drawn = ((i, generator(part, i)) for i in range(texts))
+        lines = [f"{' '.join(rng.choice(words[i % 3 :], rng.integers(1, 90)))},{words[i % 3]}" for i, rng in drawn]
+        (tmp_path / "data" / f"banking77_{part}.csv").write_text("\n".join(["text,category", *lines]), encoding="utf-8")
+    task = {"name": "text-classification", "path": "data/banking77_train.csv", "test_path": "data/banking77_test.csv"}
+    table = write_world(tmp_path, rounds=2, networks=["bert"], method={"name": "fedavg"}, fleet=[{"name": "all"}])
+    changes = {"task": task | {"devices": 4, "pool": "mean"}, "local": {"lr": 0.005, "epochs": 4, "batch_size": 4}}
+    run = begin(table | changes, tmp_path / "runs")
+    summary = run.play()
+    export(run.folder, tmp_path / "banking77-minilm")
+    capsys.readouterr()
+    exec(code, {})
+    right = int(capsys.readouterr().out.removesuffix(" of 300\n"))
+    assert run.task.notes
+    assert right == round(300 * summary["accuracy"]["after"]["weighted"]) and 110 < right < 290, right

@@ -310,6 +310,7 @@ def test_missing_keys_are_what_they_are_in_transformers(tmp_path: Path) -> None:
             {"quantization_config": {"bits": 4}},
             "quantization_config is {'bits': 4}; this version runs None only",
         ),
+        ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}; this version runs {} only"),
         (
             "bert",
             {"type_vocab_size": 0},

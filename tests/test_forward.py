@@ -23,6 +23,7 @@ from support import (
     spec,
     suited,
     suited_task,
+    taken,
     weights,
     write_world,
 )
@@ -40,7 +41,6 @@ from lamina.fleet import Budget
 from lamina.job import Job, Local, Turn, Update
 from lamina.kernels import Mix
 from lamina.layout import Params
-from lamina.ledger import Ledger
 from lamina.levers import Levers
 from lamina.methods import METHODS, Method
 from lamina.methods.base import Objective
@@ -53,7 +53,6 @@ from lamina.ops import TORCH
 from lamina.plan import Plan
 from lamina.planner import choose_plan
 from lamina.spec import LINEARS, Factored, Lora, Sparse, Spec
-from lamina.watch import Watch
 
 SPEC = spec(3)
 LAYOUT = model.layout(SPEC)
@@ -412,26 +411,7 @@ KERNELS: dict[str, Any] = {
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
 def test_what_a_kernel_takes_meanwhile_is_in_its_price(kernel: Any) -> None:
     """To a few numbers, as for masks of bytes: also where no network has its peak. What goes in is not counted."""
-    given: list[Any] = []
-    books = Ledger(1)
-
-    def blank(*shape: int) -> Tensor:
-        given.append(books.blank(shape))
-        return cast(Tensor, given[-1])
-
-    def random(*shape: int) -> Tensor:
-        given.append(torch.randn(shape))
-        return cast(Tensor, given[-1])
-
-    with torch.no_grad():
-        kernel(Duals(books), blank)
-        inputs = 4 * sum(each.numel() for each in given)
-        with Watch() as watched:
-            watched_given = len(given)
-            kernel(Duals(TORCH), random)
-    inputs_seen = sum(each.nbytes for each in given[watched_given:])
-    predicted = sum(books.timeline.peak()[0].values()) - inputs
-    measured = sum(watched.timeline.peak()[0].values()) - inputs_seen
+    predicted, measured = taken(kernel)
     assert abs(predicted - measured) <= 120 and measured > 500
 
 

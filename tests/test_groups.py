@@ -33,6 +33,7 @@ from lamina import checkpoint, client, measure, model
 from lamina.cost import cost
 from lamina.data.task import Pairs
 from lamina.errors import UserError
+from lamina.export import export
 from lamina.job import Job, Local, Update
 from lamina.layout import Axis, Params
 from lamina.levers import Levers
@@ -338,3 +339,6 @@ def test_it_learns_and_what_it_leaves_says_what_it_is(world: dict[str, Any], tmp
         logits = model.forward(described, params, model.batch(described, ids))
     right = int((logits.argmax(-1).numpy() == targets).sum())
     assert right == (run.after.correct[0] if run.after else math.nan)
+    with pytest.raises(UserError, match=r"^upper blocks in groups, as those of .*model, are in no class of transf"):
+        export(run.folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lamina.data.task import Pairs, Shard
 from lamina.engines.prefix import Prefixes
 from lamina.engines.stacked import StackedEngine, stackable, stacks, train_stack
 from lamina.job import Job, Local, Turn, Update
+from lamina.kernels import Mix
 from lamina.layout import Params
 from lamina.levers import Levers
 from lamina.methods import METHODS, Method
@@ -22,6 +24,7 @@ from lamina.methods.blocks import Caff
 from lamina.methods.depth import DepthFL
 from lamina.plan import Plan
 from lamina.spec import Spec
+from lamina.stack import Stack, Stacked
 
 SIZES = (6, 3, 10, 6)
 """Examples of the devices: with batches of four, steps and last batches differ."""
@@ -83,7 +86,7 @@ def caff_jobs(network: Spec, trained: Sequence[int], params: Params | None = Non
     """Devices that train so many last blocks each."""
     method, params, layout = Caff(), params or weights(network), model.layout(network)
     plans = {plan.trained_blocks(layout): plan for plan in method.plans(network, Turn(0, 0, 9), {})}
-    return [Job(Turn(0, 0, 9, i), plans[count], local, params, method) for i, count in enumerate(trained)]
+    return [Job(Turn(0, 3, 9, i), plans[count], local, params, method) for i, count in enumerate(trained)]
 
 
 def texts(count: int, tokens: int = 8, seed: int = 0) -> Pairs:
@@ -98,11 +101,12 @@ SHARDS = [texts(size, seed=seed) for seed, size in enumerate(SIZES)]
     "local",
     [
         replace(SGD, clip=0.05),
+        replace(SGD, clip=0.8),
         Local(lr=1e-3, batch_size=4, weight_decay=0.1),
         Local(lr=1e-3, batch_size=4, steps=3, clip=0.1),
         Local(lr=1e-3, batch_size=32, schedule="cosine"),
     ],
-    ids=["clipped", "adamw", "steps", "one batch"],
+    ids=["clipped", "some clipped", "adamw", "steps", "one batch"],
 )
 def test_optimizers_clipping_and_ragged_steps(local: Local) -> None:
     jobs = caff_jobs(spec(3), [2] * 4, local=local)
@@ -149,27 +153,53 @@ def test_levers_mean_what_they_mean_for_a_device(levers: Levers) -> None:
     assert_alike(found, serial(jobs, SHARDS, spec(3)), jobs)
 
 
-def test_frozen_tensors_of_their_own() -> None:
-    """Where devices hold different frozen tensors above the first trained block."""
+@pytest.mark.parametrize("levers", [Levers(frozen_bits=8), Levers()], ids=["8 bits", "32 bits"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "of their own"])
+def test_frozen_tensors_above_the_first_trained_block(levers: Levers, shared: bool) -> None:
+    frozen = {"h.2.ffn.up.weight", "h.2.attn.q.bias", "h.1.norm2.bias", "norm.weight"}
     jobs = caff_jobs(spec(3), [2] * 4)
-    plan = replace(jobs[0].plan, trains=jobs[0].plan.trains - {"h.2.ffn.up.weight", "norm.weight"})
-    jobs = [replace(job, plan=plan, arrays=weights(spec(3), seed)) for seed, job in enumerate(jobs)]
+    plan = replace(jobs[0].plan, trains=jobs[0].plan.trains - frozen, levers=levers)
+    arrays = [weights(spec(3), 0 if shared else seed) for seed in range(4)]
+    jobs = [replace(job, plan=plan, arrays=arrays[0 if shared else i]) for i, job in enumerate(jobs)]
     assert_alike(together(jobs, SHARDS, spec(3)), serial(jobs, SHARDS, spec(3)), jobs)
+
+
+def test_the_loss_can_be_weighted() -> None:
+    """Gradients of the head follow what comes down."""
+    ops, rng = Stacked(), torch.Generator().manual_seed(0)
+    ops.devices = 2
+    x, head = torch.randn(4, 3, 5, generator=rng), torch.randn(2, 7, 5, generator=rng)
+    bias, targets = torch.randn(2, 7, generator=rng), torch.arange(12).view(4, 3) % 7
+    share = torch.tensor([2.0, -3.0])
+    leaves = [each.clone().requires_grad_() for each in (x, head, bias)]
+    stacks = [cast(torch.Tensor, Stack(each)) for each in leaves[1:]]
+    losses = ops.head_loss([leaves[0]], stacks[:1], stacks[1:], targets, Mix.plain(1), None, True)
+    losses.mul(share).sum().backward()  # type: ignore[no-untyped-call]
+    plain = [each.clone().requires_grad_() for each in (x, head, bias)]
+    for i in range(2):
+        logits = plain[0][2 * i : 2 * i + 2] @ plain[1][i].T + plain[2][i]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[2 * i : 2 * i + 2].flatten())
+        torch.testing.assert_close(losses[i], loss)
+        (loss * share[i]).backward()  # type: ignore[no-untyped-call]
+    for mine, theirs in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_who_is_stacked_with_whom() -> None:
     network = spec(3)
     jobs = caff_jobs(network, [1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-    found = stacks(jobs, network)
+    shards = [texts(20, seed=seed) for seed in range(30)]
+    found = stacks(jobs, network, shards)
     assert sorted(job.turn.device for stack in found for job in stack) == list(range(len(jobs)))
     assert {len({job.plan for job in stack}) for stack in found} == {1}
     assert [stack[0].turn.device for stack in found] == sorted(stack[0].turn.device for stack in found)
     assert max(map(len, found)) == 3  # an eighth of the cohort, rounded up
     eight_bits = replace(jobs[0].plan, levers=Levers(optimizer="adamw8"))
     alone = [replace(job, plan=eight_bits, local=Local()) for job in jobs[:3]]
-    assert not stackable(alone[0]) and list(map(len, stacks(alone, network))) == [1, 1, 1]
+    assert not stackable(alone[0]) and list(map(len, stacks(alone, network, shards))) == [1, 1, 1]
     assert all(
-        len(stack) == 1 for stack in stacks(caff_jobs(network, [1] * 30, local=Local(batch_size=10_000)), network)
+        len(stack) == 1
+        for stack in stacks(caff_jobs(network, [1] * 30, local=Local(batch_size=10_000)), network, [texts(2000)] * 30)
     )
 
 
@@ -226,7 +256,7 @@ def test_what_a_changed_prefix_made_is_not_used() -> None:
 def test_nothing_is_kept_of_who_does_not_come_back_or_of_what_changes() -> None:
     network, jobs = spec(3), caff_jobs(spec(3), [1] * 2)
     many = [texts(5, seed=seed) for seed in range(100)]
-    assert run_twice(jobs, jobs, network, many) == (0, 20)  # 8 rounds of 2 of 100: most never come back
+    assert run_twice(jobs, jobs, network, many) == (0, 20)  # 5 rounds of 2 of 100: most never come back
 
     class Changing(Pairs):
         def at(self, turn: Turn) -> Pairs:

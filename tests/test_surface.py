@@ -4,7 +4,6 @@ A change of a list here is a change of the surface: it goes into the change log.
 """
 
 import dataclasses
-import importlib
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from support import begin, moved, spec, write_world
+from support import spec, write_world
 
 from lamina import checkpoint, config
 from lamina.cli import app
@@ -88,7 +87,7 @@ KEYS = {
     "method spry": (METHODS["spry"], f"{COMMON} rank alpha targets blocks train_head"),
     "method mezo": (METHODS["mezo"], f"{COMMON} rank alpha targets trains"),
     "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
-    "fleet": (DeviceClass, "name share memory uplink downlink flops speed up_rate down_rate"),
+    "fleet": (DeviceClass, "name share memory uplink downlink flops speed up_rate down_rate devices"),
     "fleet traces": (Traces, "memory_share classes speed since"),
     "clock": (Clock, "deadline over_selection min_updates availability available_hours"),
     "pretrain text": (PretrainText, f"{PRETRAIN} text positions"),
@@ -101,6 +100,7 @@ OPTIONS = {
     "methods": "NAMES --json",
     "pretrain": "FILE --set --json",
     "import": "FOLDER --out --name --force --json",
+    "bench": "WORKLOAD --against --set --rounds --warmup --settle --repeats --workers --tolerance --record --json",
     "export": "RUN --out --dtype --force --json",
     "profile": "--name --reserve --json",
     "deploy init": "DIR --server --port --devices --force",
@@ -159,13 +159,14 @@ def printed(code: str) -> str:
 def test_importing_lamina_adds_little_to_torch() -> None:
     """Nor does the command line with all it needs to plan, but for the libraries it stands on."""
     code = (
-        "import time, torch, numpy, safetensors.torch, typer, pydantic, rich.table, rich.progress\n"
-        "tick = time.process_time()\n"
-        "import {}\n"
-        "print(time.process_time() - tick)"
+        "import time\n"
+        "begin = time.process_time()\n"
+        "import torch, numpy, safetensors.torch, typer, pydantic, rich.table, rich.progress\n"
+        "there = time.process_time()\n"
+        "import lamina, lamina.cli, lamina.experiment, lamina.run, lamina.view\n"
+        "print((time.process_time() - there) / (there - begin))"
     )
-    code = code.format("lamina, lamina.cli, lamina.experiment, lamina.run, lamina.view")
-    assert any(float(printed(code)) < 0.3 for _ in range(3))  # the machine may be busy
+    assert any(float(printed(code)) < 0.25 for _ in range(3))  # a busy machine makes both slow
 
 
 def test_importing_lamina_alone_imports_nothing_heavy() -> None:
@@ -198,17 +199,3 @@ def test_a_plan_for_four_networks_is_quick_and_reads_no_data(tmp_path: Path, mon
     assert time.process_time() - tick < 2
     assert len(outlook.candidates) == 4
     assert outlook.chosen.mean_trained_blocks > 1
-
-
-def test_the_method_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    (tmp_path / "readme_method.py").write_text(program, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(METHODS, "probe", METHODS["caff"])  # so that the row is taken out again
-    importlib.import_module("readme_method")
-    table = write_world(tmp_path, method={"name": "probe"}, fleet=[{"name": "all"}], rounds=1)
-    run = begin(table, tmp_path / "runs")
-    before = run.state.params
-    summary = run.play()
-    assert (summary["method"], summary["classes"][0]["plan"]) == ("probe", "head only")
-    assert moved(before, run.state.params) == {"norm.weight", "norm.bias", "head.weight"}

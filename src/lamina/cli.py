@@ -288,6 +288,47 @@ def profile(
         print(found.toml(), end="")
 
 
+@app.command()
+def bench(
+    workload: Annotated[str, typer.Argument(help="A to F; see docs/bench.md.", show_default=False)],
+    against: Annotated[str, typer.Option(metavar="SYSTEMS", help="loop, loop-lean, pfl, flower: by commas.")] = "",
+    overrides: Set = NOTHING,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of a turn.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Rounds of a turn before those.")] = 1,
+    settle: Annotated[int, typer.Option(help="More of them for ours, until most devices have been seen.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Turns of each system.")] = 3,
+    workers: Annotated[int, typer.Option(help="Devices computed at a time, by systems that can.")] = 1,
+    tolerance: Annotated[float, typer.Option(help="How far weights may be apart, beside how far they went.")] = 1e-3,
+    record: Annotated[Path | None, typer.Option(metavar="FILE", help="Add the result to this JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time rounds against other simulators, and check that the weights are the same; makes their environments once."""
+    from lamina import tables
+    from lamina.bench import contest as contests
+    from lamina.view import View
+
+    names = tuple(name.strip() for name in against.split(",")) if against else ()
+    contest = contests.Contest(workload, names, tuple(overrides), rounds, warmup, settle, repeats, workers, tolerance)
+    view = View(quiet=True)
+    try:
+        with view.turns(contest.all_rounds) as live:
+            result = contests.hold(contest, live)
+    except KeyboardInterrupt:
+        view.say("stopped; nothing is kept of this contest but the environments")
+        raise typer.Exit(130) from None
+    if record:
+        contests.record(record, result)
+    if as_json:
+        _print_json(result)
+    else:
+        View().table(tables.contest(result))
+    for name in (apart := contests.disagreeing(result)):
+        differ = result["systems"][name]["weights_differ"]
+        view.say(f"error: the weights of {name} differ from ours by {differ:.1e}, more than --tolerance {tolerance:g}")
+    if apart:
+        raise typer.Exit(1)
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from lamina import config, files, networks, wire
 from lamina import run as runs
 from lamina.clock import Clock
 from lamina.config import Experiment
-from lamina.engines.flower import FlowerEngine, parts, record
+from lamina.engines.flower import FlowerEngine, Peer, Peers, parts, record
 from lamina.errors import UserError
+from lamina.experiment import devices as roster_of
+from lamina.fleet import RESOURCES, DeviceClass
 from lamina.node import Node
 from lamina.run import Run
+from lamina.traces import Traces
 from lamina.view import View
 from lamina.wire import WireError
 
@@ -76,21 +79,24 @@ def play(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         table = config.build(AppTable, settings, "run config")
         with ExitStack() as held:
-            run = _begin(table, view, held)
-            engine = engine_of(run, grid, table.wait, view.say)
+            run, peers = _begin(table, grid, view, held)
+            for device, peer in sorted(peers.here.items()):
+                if peer.examples != (given := len(run.task.train[device])):
+                    view.say(f"note: device {device} has {peer.examples} examples; the plan is made for {given}")
+            engine = engine_of(run, peers)
             run.experiment = in_real_time(run.experiment)
             summary = view.play(run, engine)
     except UserError as error:
         view.say(f"error: {error}")
         raise
     view.outcome(run, summary)
-    sent, received = (engine.traffic[way] for way in ("sent", "received"))
+    sent, received = (peers.traffic[way] for way in ("sent", "received"))
     view.say(f"messages of this sitting: {sent} bytes sent, {received} bytes received")
     return summary
 
 
-def _begin(table: AppTable, view: View, held: ExitStack) -> Run:
-    """The run, its folder locked."""
+def _begin(table: AppTable, grid: Grid, view: View, held: ExitStack) -> tuple[Run, Peers]:
+    """The run, its folder locked, and the devices. A new one is planned from what they say."""
     if table.resume:
         folder = Path(table.resume)
         runs.demand_unfinished(folder)
@@ -98,10 +104,46 @@ def _begin(table: AppTable, view: View, held: ExitStack) -> Run:
         run = runs.resume(folder)
         for change in runs.changes_since(folder):
             view.say(f"warning: {change}; the result may differ in its last bits from that of an unbroken run")
-        return run
-    run = runs.start(_experiment(table), Path(table.out), table.name)
+        peers = Peers(grid, len(run.outlook.class_of), table.wait, view.say)
+        peers.gather()
+        return run, peers
+    experiment = _experiment(table)
+    peers = Peers(grid, experiment.task.device_count(), table.wait, view.say)
+    run = runs.start(as_said(experiment, peers.gather()), Path(table.out), table.name)
     held.enter_context(files.lock(run.folder))
-    return run
+    return run, peers
+
+
+def as_said(experiment: Experiment, peers: Mapping[int, Peer]) -> Experiment:
+    """The experiment with the fleet that is there.
+
+    A device is of the class that it says, with the budget that it says; the class of those that say nothing, or are not
+    there, is drawn as in a simulation.
+    """
+    found = roster_of(experiment)
+    names, budgets = list(found.names), [asdict(budget) for budget in found.budgets]
+    class_of = list(found.class_of)
+    for device, peer in peers.items():
+        if not peer.class_name:
+            continue
+        kind = (peer.class_name, dict(peer.budget))
+        if kind not in zip(names, budgets, strict=True):
+            taken = peer.class_name in names
+            names.append(f"{peer.class_name} of device {device}" if taken else peer.class_name)
+            budgets.append(kind[1])
+            class_of[device] = len(names) - 1
+        else:
+            class_of[device] = list(zip(names, budgets, strict=True)).index(kind)
+    if class_of == found.class_of:
+        return experiment
+    if isinstance(experiment.fleet, Traces):
+        raise UserError('fleet = "traces" is for simulated devices; write [[fleet]] tables for real ones')
+    fleet = [*experiment.fleet]
+    for name, budget in list(zip(names, budgets, strict=True))[len(fleet) :]:
+        fleet.append(DeviceClass(name, **{RESOURCES[key]: amount for key, amount in budget.items()}))
+    members = [tuple(device for device, each in enumerate(class_of) if each == index) for index in range(len(fleet))]
+    named = (replace(each, devices=devices) for each, devices in zip(fleet, members, strict=True) if devices)
+    return replace(experiment, fleet=tuple(named))
 
 
 def _experiment(table: AppTable) -> Experiment:
@@ -125,20 +167,17 @@ def real(experiment: Experiment) -> Experiment:
     return replace(experiment, engine="serial", precision="float32", enforce=False)
 
 
-def engine_of(run: Run, grid: Grid, wait_seconds: float, say: Any = print) -> FlowerEngine:
+def engine_of(run: Run, peers: Peers) -> FlowerEngine:
     """What carries the jobs of a run."""
     clock, cohort = run.experiment.clock, run.experiment.cohort
     return FlowerEngine(
-        grid,
+        peers,
         run.outlook.chosen.spec,
         networks.digest(run.outlook.folder),
         f"{run.folder.name} {files.digest((run.folder / 'config.toml').read_bytes())}",
-        len(run.outlook.class_of),
         cohort if clock.asked(cohort) > cohort else None,
         clock.deadline,
         clock.min_updates,
-        wait_seconds,
-        say,
     )
 
 

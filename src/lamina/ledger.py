@@ -1,4 +1,4 @@
-"""The client's kernels on shapes instead of numbers: what lives when, what is kept for backward, and operations.
+"""The client's kernels on shapes instead of numbers: a rule for each.
 
 A `Shape` lives exactly as long as the tensor it stands for, since the same Python names hold it. Each kernel writes
 down what its real counterpart allocates, keeps and computes.
@@ -7,72 +7,40 @@ down what its real counterpart allocates, keeps and computes.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeVar, cast
-from weakref import WeakSet
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lamina import optim
+from lamina.accounts import Accounts
 from lamina.coding import Coding
 from lamina.data.task import Shard
-from lamina.job import Local, Turn
+from lamina.job import Turn
 from lamina.kernels import Mix
 from lamina.layout import Params
-from lamina.ops import DRAWN, Draw, Ops, chunk_tokens
+from lamina.ops import DRAWN, Draw, chunk_tokens
 from lamina.packed import SLAB_ROWS, packable
-from lamina.shapes import FLOAT_BYTES, INDEX_BYTES, Allocation, Node, Shape
-from lamina.stand_ins import Cache, Held, Optimizer
-from lamina.timeline import Timeline
+from lamina.shapes import FLOAT_BYTES, INDEX_BYTES, Node, Shape, as_shape
+from lamina.stand_ins import Held
 
 if TYPE_CHECKING:
     from lamina.spec import Act, Pool
 
-T = TypeVar("T")
 
-
-class Ledger(Ops):
-    """Kernels that keep accounts instead of computing; each follows what torch's kernel allocates and keeps.
-
-    Attributes:
-        timeline: What lives when.
-        saved_bytes: Kept for backward passes, all together. A storage kept twice counts once.
-        flops: Of forward and backward, by moment.
-        round_examples: Different examples that the device uses in a round.
-        warm: Whether the optimizer has its states from the beginning: a step that is not the first.
-        cached: Whether outputs of the frozen prefix were cached.
-    """
-
-    def __init__(self, round_examples: int, warm: bool = False) -> None:
-        """Open empty accounts."""
-        self.timeline = Timeline()
-        self.saved_bytes = 0
-        self.flops: defaultdict[str, Fraction] = defaultdict(Fraction)
-        self.round_examples, self.warm = round_examples, warm
-        self.cached, self._times = False, Fraction(1)
-        self._optimizers: WeakSet[Optimizer] = WeakSet()
-
-    def new(self, size_bytes: int, category: str = "temporary") -> Allocation:
-        """Allocate."""
-        return Allocation(self.timeline, size_bytes, category)
-
-    def blank(self, shape: Sequence[int], item_bytes: int = FLOAT_BYTES, category: str = "temporary") -> Tensor:
-        """A shape of its own, without a graph."""
-        return cast(Tensor, Shape(tuple(shape), self.new(item_bytes * math.prod(shape), category)))
+class Ledger(Accounts):
+    """A rule for each kernel, which follows what torch's allocates and keeps."""
 
     def embed(
         self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0
     ) -> Tensor:
         """The lookup keeps the ids when the table trains; table gradients are dense."""
-        out = self._out((*ids.shape, tokens.shape[1]), [tokens], [ids] if _shape(tokens).node else [])
+        out = self._out((*ids.shape, tokens.shape[1]), [tokens], [ids] if as_shape(tokens).node else [])
         for table, rows in ((positions, ids.shape[1]), (types, 1)):
             if table is not None:
                 unpacked = self._unpacked(table)
-                scratch = FLOAT_BYTES * table.shape[1] * rows * (_shape(table).node is not None)
+                scratch = FLOAT_BYTES * table.shape[1] * rows * (as_shape(table).node is not None)
                 out = self._out(out.shape, [out, table], [], scratch, aliases=1)
                 del unpacked
         return out
@@ -96,8 +64,8 @@ class Ledger(Ops):
         number = positions.shape[0] - (0 if leads is None else leads.shape[0])
         places = positions.shape[0] + (0 if registers is None else registers.shape[0])
         patches_bytes = FLOAT_BYTES * math.prod(pixels)
-        others = FLOAT_BYTES * sum(each.numel() for each in tables[1:] if _shape(each).node)
-        cut_bytes = patches_bytes - others if _shape(weight).node else 0
+        others = FLOAT_BYTES * sum(each.numel() for each in tables[1:] if as_shape(each).node)
+        cut_bytes = patches_bytes - others if as_shape(weight).node else 0
         scratch = max(FLOAT_BYTES * places * width, cut_bytes)
         out = self._out((batch, places, width), tables, [pixels_BCYX], scratch)
         besides = self.blank((number, width)), self.new(patches_bytes)
@@ -114,7 +82,7 @@ class Ledger(Ops):
         """Keeps each of input and weight where the other has a gradient; one product forward, one more per gradient."""
         self._products(x, weight)
         sources = [x, weight] if bias is None else [x, weight, bias]
-        scratch = FLOAT_BYTES * weight.numel() if _shape(weight).packed else 0
+        scratch = FLOAT_BYTES * weight.numel() if as_shape(weight).packed else 0
         unpacked = self._unpacked(weight)
         shape = (*x.shape[:-1], weight.shape[0])
         out = self._out(shape, sources, _factors(x, weight), scratch)
@@ -144,13 +112,13 @@ class Ledger(Ops):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Keeps its input and the inverse root per row; the weight's gradient alone takes as much as x besides."""
         rows = self.blank((*x.shape[:-1], 1))
-        scratch = FLOAT_BYTES * (rows.numel() if _shape(x).node else x.numel())
+        scratch = FLOAT_BYTES * (rows.numel() if as_shape(x).node else x.numel())
         return self._out(x.shape, [x, weight], [x, rows], scratch)
 
     def act(self, x: Tensor, kind: Act) -> Tensor:
         """Keeps its input, or, where that is enough, its output."""
         out = self._out(x.shape, [x], [] if kind in ("relu", "tanh") else [x])
-        if kind in ("relu", "tanh") and (node := _shape(out).node):
+        if kind in ("relu", "tanh") and (node := as_shape(out).node):
             self._keep(node, [out])
         return out
 
@@ -160,7 +128,7 @@ class Ledger(Ops):
 
     def multiply(self, x: Tensor, vector: Tensor) -> Tensor:
         """Keeps its input where the vector trains, whose gradient is a sum over rows."""
-        trains = _shape(vector).node is not None
+        trains = as_shape(vector).node is not None
         return self._out(x.shape, [x, vector], [x] if trains else [], FLOAT_BYTES * x.numel() * trains)
 
     def rotate(self, x_BSE: Tensor, heads: int, theta: float) -> Tensor:
@@ -179,11 +147,11 @@ class Ledger(Ops):
         """
         batch, tokens, width = q_BSE.shape
         kept = [q_BSE, k_BSE, v_BSE, self.blank((batch, heads, tokens)), *([] if hides is None else [hides])]
-        needless = sum(each.numel() for each in kept[:3] if not _shape(each).node)
+        needless = sum(each.numel() for each in kept[:3] if not as_shape(each).node)
         out = self._out(q_BSE.shape, kept[:3], kept, FLOAT_BYTES * needless)
-        if node := _shape(out).node:
+        if node := as_shape(out).node:
             self._keep(node, [out])
-        self._count((6 if _shape(out).node else 2) * 2 * batch * tokens * tokens * width)
+        self._count((6 if as_shape(out).node else 2) * 2 * batch * tokens * tokens * width)
         return out
 
     def hides(self, lengths_B: Tensor, tokens: int) -> Tensor:
@@ -197,7 +165,7 @@ class Ledger(Ops):
         batch, tokens, width = x_BSD.shape
         parts = 2 if kind == "first_mean" else 1
         weights = self.blank((batch, parts, tokens))
-        self._count((2 if _shape(x_BSD).node else 1) * 2 * parts * x_BSD.numel())
+        self._count((2 if as_shape(x_BSD).node else 1) * 2 * parts * x_BSD.numel())
         return self._out((batch, 1, parts * width), [x_BSD], [weights])
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
@@ -226,21 +194,21 @@ class Ledger(Ops):
         """
         for x, weight in zip(xs_BSD, weights_VD, strict=True):
             self._products(x, weight)
-        given = [_shape(each) for each in (*xs_BSD, *weights_VD, *biases_V) if each is not None]
+        given = [as_shape(each) for each in (*xs_BSD, *weights_VD, *biases_V) if each is not None]
         trained = [each for each in given if each.node]
-        found = [_shape(self.blank(each.shape)) for each in trained]
+        found = [as_shape(self.blank(each.shape)) for each in trained]
         vocabulary, width = weights_VD[0].shape
         tokens = targets_BS.numel()
         size = chunk_tokens(tokens, vocabulary) if chunked else tokens
         planes = len(xs_BSD) + 2 * any(map(any, mix.soft))
         space = self.blank((size, planes * vocabulary + 3))
-        slab = self.blank((min(SLAB_ROWS, vocabulary), width)) if _shape(weights_VD[0]).packed else None
+        slab = self.blank((min(SLAB_ROWS, vocabulary), width)) if as_shape(weights_VD[0]).packed else None
         del space, slab
         out = self._out((1,), [], [])
         node = Node(inputs=[(each.node, made.memory) for each, made in zip(trained, found, strict=True) if each.node])
         if trained and torch.is_grad_enabled():
             self._keep(node, cast(list[Tensor], found))
-            _shape(out).node = node
+            as_shape(out).node = node
         return out
 
     def sparse_linear(self, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
@@ -258,7 +226,7 @@ class Ledger(Ops):
 
     def leading(self, p: Tensor, sizes: Sequence[int]) -> Tensor:
         """A view; its gradient is made whole."""
-        source = _shape(p)
+        source = as_shape(p)
         if tuple(sizes) == source.shape:
             return p
         out = Shape(tuple(sizes), source.memory, packed=source.packed)
@@ -277,7 +245,7 @@ class Ledger(Ops):
         """A view."""
         sizes = list(p.shape)
         sizes[dim] -= first
-        return cast(Tensor, Shape(tuple(sizes), _shape(p).memory))
+        return cast(Tensor, Shape(tuple(sizes), as_shape(p).memory))
 
     def pull_tail(self, p: Tensor, dim: int, first: int, factor: float) -> None:
         """In place."""
@@ -323,7 +291,7 @@ class Ledger(Ops):
 
     def steer(self, p: Tensor, terms: Sequence[tuple[Draw, float]]) -> None:
         """A gradient is born."""
-        node = _shape(p).node
+        node = as_shape(p).node
         assert node
         node.grad = self.new(FLOAT_BYTES * p.numel(), "gradients")
         for draw, factor in terms:
@@ -332,41 +300,6 @@ class Ledger(Ops):
     def add_linear(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
         """In place; one product."""
         self._count(2 * x.numel() * weight.shape[0])
-
-    def compute(self, call: Callable[[], Tensor], shape: Sequence[int], scratch: int = 0, flops: int = 0) -> Tensor:
-        """As it says."""
-        besides = self.new(FLOAT_BYTES * scratch)
-        out = self.blank(shape)
-        del besides
-        self._count(flops)
-        return out
-
-    def moment(self, name: str) -> None:
-        """What comes is booked under this name."""
-        self.timeline.moment = name
-
-    def examples(self, rows: np.ndarray) -> np.ndarray:
-        """As many as in the whole round."""
-        return np.arange(self.round_examples)
-
-    def slices(self, count: int, size: int) -> Iterator[slice]:
-        """The first, the second for all that are like it, and the last."""
-        first, *others = super().slices(count, size)
-        yield first
-        if others[:-1]:
-            self._times *= len(others) - 1
-            yield others[0]
-            self._times /= len(others) - 1
-        yield from others[-1:]
-
-    def drawn(self, networks: Sequence[T], index: int) -> Iterator[T]:
-        """Each of them in a step of its own, with its share of the operations."""
-        self._times /= len(networks)
-        for network in networks:
-            for optimizer in self._optimizers:
-                optimizer.reset()
-            yield network
-        self._times *= len(networks)
 
     def labels(self, shard: Shard, vocabulary: int) -> Tensor:
         """A byte for each."""
@@ -396,17 +329,6 @@ class Ledger(Ops):
         del work
         return cast(Tensor, Shape(shape, memory, None, packed=True))
 
-    def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:
-        """Memory for all examples of the round if they are kept in it; reading makes a copy."""
-        self.cached = True
-        return Cache(self, rows, shape, place, bits // 8)
-
-    def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> Any:
-        """States are born in the first step."""
-        made = Optimizer(self, [_shape(p) for p in params], kind)
-        self._optimizers.add(made)
-        return made
-
     def norm_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """A number."""
         return self.blank((1,))
@@ -414,50 +336,7 @@ class Ledger(Ops):
     def clip(self, params: Sequence[Tensor], limit: float, norm: Tensor) -> None:
         """In place."""
 
-    def _count(self, operations: int) -> None:
-        self.flops[self.timeline.moment] += self._times * operations
-
-    def _products(self, x: Tensor, weight: Tensor, numel: int = 0) -> None:
-        graph = torch.is_grad_enabled()
-        products = 1 + graph * ((_shape(x).node is not None) + (_shape(weight).node is not None))
-        self._count(products * 2 * (x.numel() // x.shape[-1]) * (numel or weight.numel()))
-
-    def _unpacked(self, weight: Tensor) -> Tensor | None:
-        return self.blank(weight.shape) if _shape(weight).packed else None
-
-    def _out(
-        self,
-        shape: Sequence[int],
-        sources: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        scratch: int = 0,
-        aliases: int = 0,
-    ) -> Tensor:
-        """A new tensor; the gradients of the first `aliases` sources are the memory of its own gradient."""
-        out = _shape(self.blank(shape))
-        edges = [(_shape(s).node, FLOAT_BYTES * s.numel() if i >= aliases else None) for i, s in enumerate(sources)]
-        inputs: list[tuple[Node, int | Allocation | None]] = [(node, size) for node, size in edges if node]
-        if inputs and torch.is_grad_enabled():
-            out.node = Node(inputs=inputs, scratch_bytes=scratch)
-            self._keep(out.node, kept)
-        return cast(Tensor, out)
-
-    def _keep(self, node: Node, kept: Sequence[Tensor]) -> None:
-        """Let a node hold on to what it needs; parameters are there anyway."""
-        for each in kept:
-            memory = _shape(each).memory
-            if memory.storage.category == "weights":
-                continue
-            if memory.storage.category == "temporary":
-                memory.storage.category = "activations"
-                self.saved_bytes += memory.storage.size_bytes
-            node.saved.append(memory)
-
-
-def _shape(tensor: Tensor) -> Shape:
-    return cast(Shape, tensor)
-
 
 def _factors(x: Tensor, weight: Tensor) -> list[Tensor]:
     """What a product keeps: each factor where the other has a gradient."""
-    return [each for each, other in ((x, weight), (weight, x)) if _shape(other).node]
+    return [each for each, other in ((x, weight), (weight, x)) if as_shape(other).node]

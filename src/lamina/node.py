@@ -26,7 +26,7 @@ from lamina.data.task import Shard
 from lamina.errors import UserError, nearest
 from lamina.experiment import load_task
 from lamina.flash import Flash
-from lamina.fleet import RESOURCES, Budget
+from lamina.fleet import RESOURCES, Budget, DeviceClass
 from lamina.job import Job, Update
 from lamina.spec import Spec
 from lamina.units import human
@@ -106,7 +106,7 @@ class Cache:
 
     def _whole(self, sha256: str) -> bool:
         try:
-            return files.digest(wire.to_bytes(Flash(self._folder / f"{sha256}.safetensors")[""])) == sha256
+            return wire.digest(Flash(self._folder / f"{sha256}.safetensors")[""]) == sha256
         except (OSError, ValueError, KeyError):
             return False
 
@@ -120,7 +120,9 @@ class Cache:
         while message.tensors:
             name, tensor = message.tensors.popitem()
             names[name] = message.rows[name].sha256
-            files.write(self._folder / f"{names[name]}.safetensors", save({"": tensor}))
+            (self._folder / f"{names[name]}.safetensors").write_bytes(
+                save({"": tensor})
+            )  # half a file is none: `names`
         files.write_json(self._index, names)
         for path in self._folder.iterdir():
             if path.stem not in names.values():
@@ -140,22 +142,23 @@ class Node:
         given = {key.replace("-", "_"): value for key, value in settings.items()}
         self.table = config.build(NodeTable, given, "node config")
         self.experiment: Experiment = config.load_experiment(Path(self.table.experiment))
-        self.budget = self._budget()
+        self.said = self._class()
+        self.budget = self.said.budget if self.said else Budget()
         self._folder = Path(self.table.cache or f"lamina-device-{self.table.device}")
         self.cache = Cache(self._folder)
 
-    def _budget(self) -> Budget:
+    def _class(self) -> DeviceClass | None:
         table = self.table
         if table.class_name and table.profile:
             raise UserError("node config: class-name and profile both say what the device can spare: take one of them")
         if table.profile:
-            return config.load_classes(Path(table.profile))[0].budget
+            return config.load_classes(Path(table.profile))[0]
         if not table.class_name:
-            return Budget()
+            return None
         classes = {each.name: each for each in config.load_classes(Path(table.experiment))}
         if table.class_name not in classes:
             raise UserError(f"node config: no class {table.class_name!r}; {nearest(table.class_name, classes)}")
-        return classes[table.class_name].budget
+        return classes[table.class_name]
 
     @cached_property
     def shard(self) -> Shard:
@@ -171,7 +174,7 @@ class Node:
         return wire.pack(
             {
                 "device": self.table.device,
-                "class": self.table.class_name,
+                "class": self.said.name if self.said else "",
                 "budget": asdict(self.budget),
                 "examples": len(self.shard),
                 "known": self.cache.names(),

@@ -9,6 +9,8 @@ from functools import partial
 from itertools import count
 from typing import cast
 
+from torch import Tensor
+
 from lamina.timeline import Storage, Timeline
 
 FLOAT_BYTES, INDEX_BYTES = 4, 8
@@ -161,3 +163,8 @@ class Shape:
     def item(self) -> float:
         """A number."""
         return 0.0
+
+
+def as_shape(tensor: Tensor) -> Shape:
+    """What stands for it."""
+    return cast(Shape, tensor)

@@ -99,7 +99,7 @@ def _embedded(job: Job, spec: Spec, below: frozenset[str], inputs: np.ndarray, t
     names = [name for name in below if model.layout(spec).params[name].part == "embed"]
     if spec.patch:
         return model.embed(spec, {name: job.arrays[name] for name in names}, ops.tensor(inputs), ops)
-    inputs = np.maximum(inputs[:, :tokens], 0)
+    inputs = np.maximum(inputs, 0)
     found, ids = np.unique(inputs, return_inverse=True)
     ids = np.pad(ids.reshape(inputs.shape), ((0, 0), (0, tokens - inputs.shape[1])))
     params = {name: job.arrays[name] for name in names if name != "embed.tokens"}

@@ -24,8 +24,8 @@ from lamina.packed import Packed
 
 _ALONE = 2_000_000
 """Multiplications of a device from which on its product is worth a call of its own where oneDNN is the faster."""
-_LOGITS = 2**17
-"""Logits that exist at a time: half a megabyte, which stays near the processor."""
+_LOGITS = 2**18
+"""Logits that exist at a time: a megabyte, which stays near the processor."""
 HIDDEN = -1
 """Target of what does not count: rows that make up the batch of a device which has fewer than others."""
 

@@ -16,15 +16,15 @@ from lamina.shapes import FLOAT_BYTES, Allocation, Shape
 from lamina.spec import Spec
 
 if TYPE_CHECKING:
+    from lamina.accounts import Accounts
     from lamina.job import Turn
-    from lamina.ledger import Ledger
 
 
 @dataclass
 class Held(Mapping[str, Tensor]):
     """Some arrays of a device: each access makes a new shape, as reading from disk makes a new tensor."""
 
-    ledger: Ledger
+    accounts: Accounts
     layout: Layout
     plan: Plan
     names: frozenset[str]
@@ -35,7 +35,7 @@ class Held(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor that the device holds."""
-        return self.ledger.blank(self.shape(name), category="weights")
+        return self.accounts.blank(self.shape(name), category="weights")
 
     def __iter__(self) -> Iterator[str]:
         """Names."""
@@ -75,47 +75,47 @@ class Blank:
 class Cache:
     """Stands for `flash.Kept` and `flash.Pages`."""
 
-    def __init__(self, ledger: Ledger, rows: int, shape: tuple[int, ...], place: str, item_bytes: int) -> None:
+    def __init__(self, accounts: Accounts, rows: int, shape: tuple[int, ...], place: str, item_bytes: int) -> None:
         """Memory for the rows if they are kept in it."""
-        self._ledger, self._shape, self._item_bytes = ledger, shape, item_bytes
-        self._kept = ledger.blank((rows, *shape), item_bytes) if place == "ram" else None
+        self._accounts, self._shape, self._item_bytes = accounts, shape, item_bytes
+        self._kept = accounts.blank((rows, *shape), item_bytes) if place == "ram" else None
 
     def write(self, first: int, x: Tensor) -> None:
         """A copy in fewer bits on its way to disk."""
         if self._kept is None and self._item_bytes < FLOAT_BYTES:
-            self._ledger.blank(x.shape, self._item_bytes)
+            self._accounts.blank(x.shape, self._item_bytes)
 
     def read(self, rows: np.ndarray, count: int | None = None) -> Tensor:
         """A copy."""
         size = self._shape if count is None else (count, *self._shape[1:])
-        found = self._ledger.blank((len(rows), *size), self._item_bytes)
-        return found if self._item_bytes == FLOAT_BYTES else self._ledger.blank(found.shape)
+        found = self._accounts.blank((len(rows), *size), self._item_bytes)
+        return found if self._item_bytes == FLOAT_BYTES else self._accounts.blank(found.shape)
 
 
 class Optimizer:
     """Stands for one of `lamina.optim`."""
 
-    def __init__(self, ledger: Ledger, params: Sequence[Shape], kind: optim.Kind) -> None:
-        """With its states from the beginning if the ledger is warm."""
-        self._ledger, self._params, self._kind = ledger, params, kind
+    def __init__(self, accounts: Accounts, params: Sequence[Shape], kind: optim.Kind) -> None:
+        """With its states from the beginning if the accounts are warm."""
+        self._accounts, self._params, self._kind = accounts, params, kind
         self._states: Allocation | None = None
-        if ledger.warm:
+        if accounts.warm:
             self._begin()
 
     def reset(self) -> None:
         """Be as before the first step, where that is the one that stands for all."""
-        if not self._ledger.warm:
+        if not self._accounts.warm:
             self._states = None
 
     def _begin(self) -> None:
         size = sum(optim.state_bytes(self._kind, p.shape) for p in self._params)
-        self._states = self._ledger.new(size, "optimizer")
+        self._states = self._accounts.new(size, "optimizer")
 
     def step(self) -> None:
         """States are born in the first."""
         if self._states is None:
             self._begin()
-        self._ledger.new(max(optim.scratch_bytes(self._kind, p.shape) for p in self._params))
+        self._accounts.new(max(optim.scratch_bytes(self._kind, p.shape) for p in self._params))
 
     def zero_grad(self) -> None:
         """Gradients die."""

@@ -294,6 +294,31 @@ def _percent(found: Mapping[str, float | None]) -> str:
     return f"{100 * found['mean']:.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
 
 
+def contest(result: Mapping[str, Any]) -> Table:
+    """What a round takes each system, and how far its weights are from ours."""
+    rows = []
+    for name, row in result["systems"].items():
+        if row["fault"] is not None:
+            rows.append((name, str(row["workers"]), "no result", *[""] * 6))
+            continue
+        to_ours = (f"{row['to_ours'][key]:.2f}" for key in ("cpu_seconds", "wall_seconds"))
+        rows.append(
+            (
+                name,
+                str(row["workers"]),
+                f"{row['cpu_seconds']:.3f} s",
+                f"{row['wall_seconds']:.3f} s",
+                human("bytes", row["peak_rss_bytes"]),
+                f"{row['start_seconds']:.1f} s",
+                *to_ours,
+                f"{row['weights_differ']:.1e}",
+            )
+        )
+    head = ("system", "workers", "CPU / round", "wall / round", "peak RSS", "start")
+    ratios = ("CPU / ours", "wall / ours", "weights differ by")
+    return Table(f"{result['label']}: {result['workload']['about']}", (*head, *ratios), rows)
+
+
 def page(title: str, shown: Sequence[Table]) -> str:
     """Tables as a page of Markdown."""
     parts = [f"# {title}"]

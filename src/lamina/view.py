@@ -144,6 +144,30 @@ class View:
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
             yield LiveCells(self, bar, bar.add_task("", total=cells, note="", number=0))
 
+    @contextmanager
+    def turns(self, rounds: int) -> Iterator[LiveTurns]:
+        """A live bar over the rounds of systems that take turns."""
+        columns = (
+            TextColumn("{task.fields[note]}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} rounds"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
+            yield LiveTurns(self, bar, bar.add_task("", total=rounds, note="preparing"))
+
+
+class LiveTurns:
+    """Shows a contest of systems as it goes."""
+
+    def __init__(self, view: View, bar: Progress, task: TaskID) -> None:
+        """Begin."""
+        self.say, self._bar, self._task = view.say, bar, task
+
+    def advance(self, note: str, rounds: int) -> None:
+        """So many more rounds are over, or need not be played."""
+        self._bar.update(self._task, advance=rounds, note=note)
+
 
 class LiveCells:
     """Shows a comparison as it goes."""

@@ -47,7 +47,7 @@ class Row:
     Attributes:
         dtype: Of its numbers.
         shape: Its sizes.
-        sha256: Of its bytes.
+        sha256: Of it, see `digest`.
         sent: Whether they are in the message.
     """
 
@@ -100,8 +100,7 @@ def pack(
     """
     rows, parts = [], []
     for name, tensor in (tensors or {}).items():
-        content = to_bytes(tensor)
-        sha256 = files.digest(content)
+        content, sha256 = to_bytes(tensor), digest(tensor)
         sent = sha256 not in known
         rows.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), sha256, sent])
         parts += [content] * sent
@@ -167,9 +166,9 @@ def _tensors(rows: Mapping[str, Row], data: bytes) -> Params:
     for name, row in rows.items():
         if row.sent:
             content = memoryview(data)[start : start + row.bytes]
-            if files.digest(content) != row.sha256:
-                raise WireError(f"tensor {short(name)} is not what was sent (SHA-256)")
             found[name] = _from_bytes(content, row)
+            if digest(found[name]) != row.sha256:
+                raise WireError(f"tensor {short(name)} is not what was sent (SHA-256)")
             start += row.bytes
     return found
 
@@ -184,6 +183,11 @@ def _from_bytes(content: memoryview, row: Row) -> Tensor:
 def to_bytes(tensor: Tensor) -> bytes:
     """The numbers of a tensor, row after row."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 in hex of a tensor: its dtype, its shape and its numbers, since zeros of all shapes look alike."""
+    return files.digest(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode() + to_bytes(tensor))
 
 
 def job_to_json(job: Job, spec: Spec) -> dict[str, Any]:

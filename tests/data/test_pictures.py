@@ -104,9 +104,9 @@ def test_augmenting_a_batch_takes_little_time() -> None:
     view = shard.at(Turn(0, 0, 1, 0))
     best = float("inf")
     for _ in range(50):
-        tick = time.perf_counter()
+        tick = time.thread_time()  # other processes have theirs
         view.batch(rows)
-        best = min(best, time.perf_counter() - tick)
+        best = min(best, time.thread_time() - tick)
     assert best < 1e-3
 
 

@@ -10,4 +10,8 @@ class Engine(Protocol):
     """Carries jobs to devices and updates back. Methods, planner and server cannot tell which engine it is."""
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
-        """Answers as they come, in any order; a device that is lost gives none."""
+        """Answers as they come, in any order; a device that is lost gives none.
+
+        Jobs are made when they are asked for, and those with the same plan share their tensors. An answer is held back
+        while one of a lower device is out, so that answers in the order of the jobs take the least memory.
+        """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,91 +81,175 @@ class Peer:
 
 
 @dataclass
-class FlowerEngine:
-    """Carries jobs to the devices of a Flower grid and updates back, in the order in which they come.
+class Peers:
+    """The devices of a grid: who is connected, and what has come from them.
 
     Attributes:
         grid: Of a ServerApp.
-        spec: The server's network.
-        base: Digest of the pretrained network, see `networks.digest`.
-        run_id: Under which devices keep state for the method.
         devices: How many there are.
-        wanted: A round ends when so many have answered; None: when all have.
-        deadline_seconds: After which a round ends; 0: none.
-        min_updates: With fewer devices connected, a round waits.
-        wait_seconds: How long, and how long the first round waits for all devices.
+        wait_seconds: How long devices are waited for.
         say: Told what people should know.
         traffic: Bytes of messages "sent" and "received", without what Flower and the network add.
+        here: Those that are connected, by index.
     """
 
     grid: Grid
-    spec: Spec
-    base: str
-    run_id: str
     devices: int
-    wanted: int | None = None
-    deadline_seconds: float = 0.0
-    min_updates: int = 1
     wait_seconds: float = 300.0
     say: Callable[[str], None] = print
     traffic: Counter[str] = field(default_factory=Counter)
-    peers: dict[int, Peer] = field(default_factory=dict)
+    here: dict[int, Peer] = field(default_factory=dict)
     _hellos: dict[str, tuple[int, float]] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
 
     def gather(self) -> Mapping[int, Peer]:
-        """Wait until all devices are connected, or so long as a round waits; returns those that are, by index."""
-        self._wait(lambda: len(self.peers) >= self.devices, self.wait_seconds)
-        return dict(sorted(self.peers.items()))
+        """Wait for all devices, but not for ever; returns those that are connected."""
+        self.wait(lambda: len(self.here) >= self.devices, self.wait_seconds)
+        return dict(sorted(self.here.items()))
+
+    def look(self) -> None:
+        """See who is there, and let those who have just come say who they are."""
+        self._greet()
+        self.wait(lambda: not self._hellos, HELLO_SECONDS)
+
+    def wait(self, enough: Callable[[], bool], seconds: float) -> bool:
+        """Look who is there until there are enough; False if that took too long."""
+        end = time.monotonic() + seconds
+        while not enough():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(POLL_SECONDS)
+            self._greet()
+            if self._hellos:
+                self.pull(())
+        return True
+
+    def push(self, node: int, kind: str, index: str, data: bytes, ttl_seconds: float | None = None) -> str:
+        """Send a message; returns its id."""
+        self.traffic["sent"] += len(index.encode()) + len(data)
+        message = Message(record(index, data), dst_node_id=node, message_type=kind, ttl=ttl_seconds)
+        return next(iter(self.grid.push_messages([message])))
+
+    def pull(self, asked: Iterable[str]) -> list[Message]:
+        """What has come for the given messages."""
+        found = list(self.grid.pull_messages([*asked, *self._hellos]))
+        for reply in found:
+            if sent := self._hellos.pop(reply.metadata.reply_to_message_id, None):
+                self._welcome(reply, *sent)
+        return found
+
+    def unpack(self, reply: Message) -> wire.Message:
+        """What a reply says.
+
+        Raises:
+            WireError: It is not what it should be.
+        """
+        index, data = parts(reply.content)
+        self.traffic["received"] += len(index) + len(data)
+        return wire.unpack(index, data)
+
+    def _greet(self) -> None:
+        """Ask who is new what it is, and forget who has gone."""
+        nodes = set(self.grid.get_node_ids())
+        self.here = {device: peer for device, peer in self.here.items() if peer.node in nodes}
+        self._hellos = {key: sent for key, sent in self._hellos.items() if sent[0] in nodes}
+        self._seen &= nodes
+        for node in sorted(nodes - self._seen):
+            self._seen.add(node)
+            self._hellos[self.push(node, "query", *wire.pack({}))] = (node, time.time())
+
+    def _welcome(self, reply: Message, node: int, sent: float) -> None:
+        """Take in what a device says of itself."""
+        try:
+            if reply.has_error():
+                raise WireError(told(reply))
+            message = self.unpack(reply)
+            if "reason" in message.head:
+                raise WireError(wire.short(message.get("reason", str), 300, plain=True))
+            device, examples = message.get("device", int), message.get("examples", int)
+            budget = _budget(message.get("budget", dict))
+            if not 0 <= device < self.devices:
+                raise WireError(f"it says that it is device {device}; there are {self.devices}, counted from 0")
+            if examples < 1:
+                raise WireError(f"device {device} has no examples")
+            if device in self.here:
+                raise WireError(
+                    f"it says that it is device {device}, which is another node's; each needs its own index"
+                )
+            peer = Peer(node, device, message.get("class", str), budget, examples, known(message))
+            skew = _skew(message.get("seconds", float), sent)
+        except WireError as error:
+            self.say(f"note: node {node} does not take part: {error}")
+            return
+        self.here[device] = peer
+        if abs(skew) > SKEW_SECONDS:
+            self.say(f"note: the clock of device {device} differs by {skew:.0f} s from the server's")
+
+
+@dataclass
+class FlowerEngine:
+    """Carries jobs to devices and updates back, in the order in which they come.
+
+    Attributes:
+        peers: The devices.
+        spec: The server's network.
+        base: Digest of the pretrained network, see `networks.digest`.
+        run_id: Under which devices keep state for the method.
+        wanted: A round ends when so many have answered; None: when all have.
+        deadline_seconds: After which a round ends; 0: none.
+        min_updates: With fewer devices connected, a round waits.
+    """
+
+    peers: Peers
+    spec: Spec
+    base: str
+    run_id: str
+    wanted: int | None = None
+    deadline_seconds: float = 0.0
+    min_updates: int = 1
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
         """Answers as they come; who did not answer in time, or is not connected, is a failure.
 
         Raises:
-            UserError: Fewer than `min_updates` devices are connected, and have not come in `wait_seconds` either.
+            UserError: Fewer than `min_updates` devices are connected, and waiting for the others was in vain.
         """
-        self._greet()
-        self._wait(lambda: not self._hellos, HELLO_SECONDS)
+        self.peers.look()
         asked, absent = dict[str, Job](), list[Job]()
         for job in jobs:
-            if job.turn.device in self.peers:
+            if job.turn.device in self.peers.here:
                 asked[self._ask(job)] = job
             else:
                 absent.append(job)
-        if len(asked) < self.min_updates:
-            for job in self._come(absent, self.min_updates - len(asked)):
-                asked[self._ask(job)] = job
-        yield from (Failure(job.turn, "not connected") for job in absent)
+        if absent and len(asked) < self.min_updates:
+            self._wait(absent, self.min_updates - len(asked))
+            asked |= {self._ask(job): job for job in absent if job.turn.device in self.peers.here}
+        waiting = {job.turn.device for job in asked.values()}
+        yield from (Failure(job.turn, "not connected") for job in absent if job.turn.device not in waiting)
         yield from self._answers(asked)
 
-    def _come(self, absent: list[Job], wanted: int) -> list[Job]:
-        """Of those who are not there, those who come; they are no longer absent."""
-
-        def here() -> list[Job]:
-            return [job for job in absent if job.turn.device in self.peers]
-
-        if absent and not self._wait(lambda: len(here()) >= wanted, self.wait_seconds):
-            names = ", ".join(str(job.turn.device) for job in absent if job not in here())
+    def _wait(self, absent: Sequence[Job], wanted: int) -> None:
+        """Wait until so many of them are connected."""
+        devices, seconds = [job.turn.device for job in absent], self.peers.wait_seconds
+        if not self.peers.wait(lambda: len(self.peers.here.keys() & set(devices)) >= wanted, seconds):
+            missing = ", ".join(str(device) for device in devices if device not in self.peers.here)
             raise UserError(
-                f"round {absent[0].turn.round + 1}: devices {names} have not connected within "
-                f"{duration(self.wait_seconds)}, and without them there are fewer than {self.min_updates}; "
-                "start them, then go on with --resume"
+                f"round {absent[0].turn.round + 1}: devices {missing} have not connected within {duration(seconds)}, "
+                f"and without them there are fewer than {self.min_updates}; start them, then go on with --resume"
             )
-        found = here()
-        absent[:] = [job for job in absent if job not in found]
-        return found
 
     def _answers(self, asked: dict[str, Job]) -> Iterator[Update | Failure]:
         """What comes in answer, until the round is over."""
         end = time.monotonic() + self.deadline_seconds if self.deadline_seconds else None
         again, used = set[int](), 0
         while asked and (self.wanted is None or used < self.wanted) and (end is None or time.monotonic() < end):
-            for reply in self._pull(asked):
-                job = asked.pop(reply.metadata.reply_to_message_id, None)
-                if job is None:  # answered before
+            for reply in self.peers.pull(asked):
+                job = asked.get(reply.metadata.reply_to_message_id)
+                if job is None or used == self.wanted:  # answered before, or too late
                     continue
+                del asked[reply.metadata.reply_to_message_id]
                 answer = self._read(reply, job)
-                if answer is None and job.turn.device not in again:
+                if answer is None and job.turn.device not in again and job.turn.device in self.peers.here:
                     again.add(job.turn.device)
                     asked[self._ask(job)] = job
                     continue
@@ -178,13 +262,12 @@ class FlowerEngine:
     def _read(self, reply: Message, job: Job) -> Update | Failure | None:
         """The answer to a job, checked; None if the device lacks tensors of it."""
         if reply.has_error():
-            return Failure(job.turn, _told(reply))
+            return Failure(job.turn, told(reply))
         try:
-            message = self._unpack(reply)
-            peer = self.peers.get(job.turn.device)
+            message = self.peers.unpack(reply)
             if message.head.get("answer") == "lacks":
-                if peer:
-                    peer.known = _known(message)
+                if peer := self.peers.here.get(job.turn.device):
+                    peer.known = known(message)
                 return None
             answer = wire.read_answer(message, job.turn)
             if isinstance(answer, Update) and message.get(STATE, bool):
@@ -195,88 +278,25 @@ class FlowerEngine:
 
     def _ask(self, job: Job) -> str:
         """Send a job to its device; the id of the message."""
-        peer = self.peers[job.turn.device]
+        peer = self.peers.here[job.turn.device]
         kept = int(job.state["round"]) if job.state else -1
         head = wire.job_to_json(job, self.spec) | {"base": self.base, "run": self.run_id, STATE: kept}
         index, data = wire.pack(head, job.arrays, frozenset(peer.known.values()))
         peer.known |= {name: row.sha256 for name, row in wire.read_index(index)[1].items()}
-        return self._push(peer.node, "train", index, data)
-
-    def _push(self, node: int, kind: str, index: str, data: bytes) -> str:
-        self.traffic["sent"] += len(index.encode()) + len(data)
-        ttl = self.deadline_seconds if kind == "train" and self.deadline_seconds else None
-        message = Message(record(index, data), dst_node_id=node, message_type=kind, ttl=ttl)
-        return next(iter(self.grid.push_messages([message])))
-
-    def _pull(self, asked: Iterable[str]) -> list[Message]:
-        """What has come for the given messages; hellos that have come are taken in."""
-        found = list(self.grid.pull_messages([*asked, *self._hellos]))
-        for reply in found:
-            if sent := self._hellos.pop(reply.metadata.reply_to_message_id, None):
-                self._welcome(reply, *sent)
-        return found
-
-    def _wait(self, enough: Callable[[], bool], seconds: float) -> bool:
-        """Look who is there until there are enough; False if that took too long."""
-        end = time.monotonic() + seconds
-        while not enough():
-            if time.monotonic() >= end:
-                return False
-            time.sleep(POLL_SECONDS)
-            self._greet()
-            if self._hellos:
-                self._pull(())
-        return True
-
-    def _greet(self) -> None:
-        """Ask who is new what it is, and forget who has gone."""
-        nodes = set(self.grid.get_node_ids())
-        self.peers = {device: peer for device, peer in self.peers.items() if peer.node in nodes}
-        self._hellos = {key: sent for key, sent in self._hellos.items() if sent[0] in nodes}
-        self._seen &= nodes
-        for node in sorted(nodes - self._seen):
-            self._seen.add(node)
-            self._hellos[self._push(node, "query", *wire.pack({}))] = (node, time.time())
-
-    def _welcome(self, reply: Message, node: int, sent: float) -> None:
-        """Take in what a device says of itself."""
-        try:
-            if reply.has_error():
-                raise WireError(_told(reply))
-            message = self._unpack(reply)
-            if "reason" in message.head:
-                raise WireError(wire.short(message.get("reason", str), 300, plain=True))
-            device, examples = message.get("device", int), message.get("examples", int)
-            budget = _budget(message.get("budget", dict))
-            if not 0 <= device < self.devices:
-                raise WireError(f"it says that it is device {device}; there are {self.devices}, counted from 0")
-            if examples < 1:
-                raise WireError(f"device {device} has no examples")
-            if device in self.peers:
-                raise WireError(
-                    f"it says that it is device {device}, which is another node's; each needs its own index"
-                )
-            peer = Peer(node, device, message.get("class", str), budget, examples, _known(message))
-            skew = _skew(message.get("seconds", float), sent)
-        except WireError as error:
-            self.say(f"note: node {node} does not take part: {error}")
-            return
-        self.peers[device] = peer
-        if abs(skew) > SKEW_SECONDS:
-            self.say(f"note: the clock of device {device} differs by {skew:.0f} s from the server's")
-
-    def _unpack(self, reply: Message) -> wire.Message:
-        index, data = parts(reply.content)
-        self.traffic["received"] += len(index) + len(data)
-        return wire.unpack(index, data)
+        return self.peers.push(peer.node, "train", index, data, self.deadline_seconds or None)
 
 
-def _told(reply: Message) -> str:
+def told(reply: Message) -> str:
     """What an error of Flower means. Its text stays where it is: it may tell of the data."""
     return _ERRORS.get(reply.error.code, f"Flower reports error {reply.error.code}")
 
 
-def _known(message: wire.Message) -> dict[str, str]:
+def known(message: wire.Message) -> dict[str, str]:
+    """Tensors that a device says it has, and their SHA-256.
+
+    Raises:
+        WireError: It says something else.
+    """
     found = message.get("known", dict)
     if not all(type(value) is str for value in found.values()):
         raise WireError("known must be tensors and their SHA-256")

@@ -55,7 +55,7 @@ class StackedEngine:
         """Updates, stack by stack."""
         jobs = list(jobs)
         self._prefixes.expect(jobs, self._spec, len(self._shards))
-        for updates in in_threads(self._workers, self._train, stacks(jobs, self._spec)):
+        for updates in in_threads(self._workers, self._train, stacks(jobs, self._spec, self._shards)):
             yield from updates
 
     def reused(self) -> float | None:
@@ -74,27 +74,27 @@ def stackable(job: Job) -> bool:
     return job.plan.gradient == "backward" and kind_of(job) in _ELEMENTWISE and not job.method.objective(job).widths
 
 
-def stacks(jobs: Sequence[Job], spec: Spec) -> list[list[Job]]:
+def stacks(jobs: Sequence[Job], spec: Spec, shards: Sequence[Shard]) -> list[list[Job]]:
     """Jobs whose networks are of equal shape and train alike, a few at a time, in the order of their first devices."""
     alike: dict[Any, list[Job]] = {}
     for job in jobs:
         plan, levers = job.plan, job.plan.levers
         shapes = tuple(sorted((name, job.arrays[name].shape) for name in plan.holds)) if plan.keep else plan.holds
         inexact = (levers.frozen_bits, levers.cache_bits, bool(levers.prefix_cache))
-        objective = job.method.objective(job)
-        key = (plan.trains, shapes, plan.network, plan.gradient, kind_of(job), inexact, objective.mutual)
+        key = (plan.trains, shapes, plan.network, plan.gradient, kind_of(job), inexact)
         alike.setdefault(key, []).append(job)
     found: list[list[Job]] = []
     for group in alike.values():
-        size = _size(group[0], spec, len(jobs)) if stackable(group[0]) else 1
+        size = _size(group[0], spec, shards, len(jobs)) if stackable(group[0]) else 1
         found += [group[i : i + size] for i in range(0, len(group), size)]
     return sorted(found, key=lambda stack: stack[0].turn.device)
 
 
-def _size(job: Job, spec: Spec, cohort: int) -> int:
+def _size(job: Job, spec: Spec, shards: Sequence[Shard], cohort: int) -> int:
     """Devices of a stack."""
-    spec = job.plan.runs(spec)
-    tokens = job.local.batch_size * spec.length(spec.positions)
+    shard, spec = shards[job.turn.device], job.plan.runs(spec)
+    inputs, _ = shard.batch(np.arange(min(len(shard), job.local.batch_size)))
+    tokens = len(inputs) * spec.length(inputs.shape[1])
     fits = _ACTIVATION_BYTES // (FLOAT_BYTES * tokens * max(spec.ffn, spec.embed))
     return max(1, min(fits, -(-cohort // _PARTS)))
 

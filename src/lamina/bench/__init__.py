@@ -1,0 +1,1 @@
+"""`lamina bench`: how fast rounds are, here and in other simulators, with the same weights out."""

@@ -27,9 +27,11 @@ from lamina import cli, config, files
 from lamina.deploy import join, kit, processes, serve, submit
 from lamina.deploy.front import MOST_BYTES, Front, serving
 from lamina.deploy.kit import Device, Kit
+from lamina.deployed import AppTable, real
 from lamina.errors import UserError
-from lamina.run import RoundRow
+from lamina.run import RoundRow, start
 from lamina.server import DeviceRow
+from lamina.view import View
 
 PRIVATE = {"ca.key", "server.key", "device.key"}
 
@@ -185,14 +187,8 @@ def test_flower_is_started_safely(made: Kit, monkeypatch: pytest.MonkeyPatch) ->
         "--port": "6",
         "--node-config": str(device.folder / "node.toml"),
     }
-    assert submit.run_command(Path("/a b/c"))[1:] == [
-        "run",
-        str(submit.APP),
-        "lamina",
-        "--stream",
-        "-c",
-        'resume="/a b/c"',
-    ]
+    wanted = ["run", str(submit.APP), "lamina", "--stream", "-c", "/a b/c.toml"]
+    assert submit.run_command(Path("/a b/c.toml"))[1:] == wanted
     assert (submit.APP / "pyproject.toml").is_file()
     monkeypatch.setattr("shutil.which", lambda name, path: None)
     with pytest.raises(UserError, match=r"flwr is not installed: pip install 'lamina\[flower\]'"):
@@ -395,7 +391,7 @@ def test_sigterm_leaves_in_order() -> None:
 def test_rounds_are_told_as_they_are_committed(tmp_path: Path) -> None:
     """By another process: the same rows that the one that plays is told."""
     run = begin(write_world(tmp_path), tmp_path / "runs")
-    committed = submit.Committed(run)
+    committed = submit.Committed(run, submit.lengths(run.folder))
     played: list[tuple[RoundRow, list[DeviceRow]]] = []
     told: list[tuple[RoundRow, list[DeviceRow]]] = []
 
@@ -423,8 +419,9 @@ if sys.argv[1] == "run":
     print("Successfully started run 77", flush=True)
     print("\\x1b[92mINFO \\x1b[0m: error: too few devices are connected", flush=True)
 elif sys.argv[1] == "list":
-    status = Path("asked").exists() and "finished:failed" or "running"
-    Path("asked").touch()
+    asked = Path(__file__).parent / "state" / "asked"
+    status = asked.exists() and "finished:failed" or "running"
+    asked.touch()
     print(json.dumps({"success": True, "runs": [{"run-id": "77", "status": status}]}))
 """
 
@@ -435,11 +432,35 @@ def test_a_run_that_fails_on_the_server_says_why(tmp_path: Path, monkeypatch: py
     (tmp_path / "flwr").chmod(0o755)
     monkeypatch.setattr(processes, "program", lambda name: str(tmp_path / name))
     monkeypatch.setattr(submit, "_ASK_SECONDS", 0.1)
-    monkeypatch.chdir(tmp_path)
-    run = begin(write_world(tmp_path), tmp_path / "runs")
+    server, file = Kit(tmp_path, "localhost", 8443, 1), tmp_path / "tiny.toml"
+    file.write_text(config.dump(write_world(tmp_path)))
+    settings, folder = submit.begun(file, ["rounds=2"], tmp_path / "runs")
+    with pytest.raises(UserError, match=r"^the run did not begin: too few devices are connected$"):
+        submit.play(server, settings, folder, View(quiet=True))
+    asked = server.state / "asked"
+    assert asked.exists()
+    asked.unlink()
+    run = start(real(config.load_experiment(file, ["rounds=2"])), tmp_path / "runs")
+    assert run.folder == folder
     with pytest.raises(UserError, match=r"did not finish: too few devices are connected$"):
-        submit.play(Kit(tmp_path, "localhost", 8443, 1), run, lambda row, devices: None)
-    assert (tmp_path / "asked").exists()
+        submit.play(server, {"resume": str(folder)}, folder, View(quiet=True))
+    assert asked.exists()
+
+
+def test_a_new_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    """The one that the app will make for the settings that it is given."""
+    file = tmp_path / "tiny.toml"
+    file.write_text(config.dump(write_world(tmp_path)))
+    for _ in range(2):
+        settings, folder = submit.begun(file, ['name="a b"'], tmp_path / "runs")
+        table = config.build(AppTable, settings, "run config")
+        assert json.loads(table.overrides) == ['name="a b"']
+        made = start(real(config.load_experiment(Path(table.experiment))), Path(table.out), table.name)
+        assert made.folder == folder
+    simulated = {"clock": {"availability": "diurnal"}, "fleet": [{"name": "all", "speed": "1 GFLOP/s"}]}
+    file.write_text(config.dump(write_world(tmp_path) | simulated))
+    with pytest.raises(UserError, match=r"clock\.availability is for simulated devices"):
+        submit.begun(file, [], tmp_path / "runs")
 
 
 @pytest.mark.parametrize(

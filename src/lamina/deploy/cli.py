@@ -65,11 +65,9 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")] = False,
 ) -> None:
     """Run an experiment on the devices that have joined; to be called where the server runs."""
-    from lamina import config, files
-    from lamina import run as runs
     from lamina.deploy import kit, submit
-    from lamina.deployed import real
     from lamina.errors import UserError
+    from lamina.run import demand_unfinished
     from lamina.view import View
 
     if (file is None) == (resume is None) or (resume and overrides):
@@ -77,17 +75,17 @@ def run(
     found = kit.load(folder)
     submit.demand_server(found)
     if resume:
-        runs.demand_unfinished(resume)
-        with files.lock(resume):
-            current = runs.resume(resume.absolute())
+        demand_unfinished(resume)
+        place = resume.absolute()
+        settings = {"resume": str(place)}
     else:
         assert file is not None
-        current = runs.start(real(config.load_experiment(file, overrides)), out.absolute())
+        settings, place = submit.begun(file, overrides, out)
     view = View(quiet=as_json)
     try:
-        summary = view.play(current, play=lambda on_round: submit.play(found, current, on_round))
+        current, summary = submit.play(found, settings, place, view)
     except KeyboardInterrupt:
-        view.say(f"stopped; go on with: lamina deploy run {folder} --resume {current.folder}")
+        view.say(f"stopped; go on with: lamina deploy run {folder} --resume {place}")
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(summary, indent=2, allow_nan=False))

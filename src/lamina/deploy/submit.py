@@ -8,17 +8,19 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lamina import checkpoint, files
+from lamina import checkpoint, config, files
 from lamina.deploy import processes
 from lamina.deploy.kit import Kit
+from lamina.deployed import real
 from lamina.errors import UserError
-from lamina.run import RoundRow, Run
+from lamina.run import RoundRow, Run, planned, unused_name
 from lamina.server import DeviceRow
+from lamina.view import View
 
 APP = Path(__file__).parents[1] / "app"
 _POLL_SECONDS, _ASK_SECONDS = 0.5, 10
@@ -36,63 +38,90 @@ def demand_server(kit: Kit) -> None:
         raise UserError(f"no server of {kit.folder} runs here; start it with: lamina deploy serve {kit.folder}")
 
 
-def run_command(folder: Path) -> list[str]:
-    """Hands the run in a folder to the server, and shows its log until it ends."""
-    return [processes.program("flwr"), "run", str(APP), processes.LINK, "--stream", "-c", f"resume={_quoted(folder)}"]
+def run_command(settings: Path) -> list[str]:
+    """Hands a run with the settings in a TOML file to the server, and shows its log until it ends."""
+    return [processes.program("flwr"), "run", str(APP), processes.LINK, "--stream", "-c", str(settings)]
 
 
-def play(kit: Kit, run: Run, on_round: OnRound) -> dict[str, Any]:
-    """Have a run played by the kit's server on its devices.
+def begun(file: Path, overrides: Sequence[str], out: Path) -> tuple[dict[str, str], Path]:
+    """Settings of the app for a new run, and the folder that it will be in.
+
+    Raises:
+        UserError: The experiment cannot be used on real devices.
+    """
+    experiment = real(config.load_experiment(file, overrides))
+    name = unused_name(experiment, out)
+    table = {"experiment": str(file.absolute()), "overrides": json.dumps(list(overrides))}
+    return table | {"out": str(out.absolute()), "name": name}, out.absolute() / name
+
+
+def play(kit: Kit, settings: Mapping[str, str], folder: Path, view: View) -> tuple[Run, dict[str, Any]]:
+    """Have a run played by the kit's server on its devices, and show it.
 
     Args:
         kit: Its server runs on this machine.
-        run: Begun, or to be resumed; nobody works in its folder.
-        on_round: Told about each finished round.
+        settings: Of the app, see `lamina.deployed.AppTable`.
+        folder: Of the run; it need not be there yet.
+        view: Where to.
 
     Returns:
-        What summary.json holds.
+        The run, and what summary.json holds.
 
     Raises:
         UserError: The run did not finish, and why.
         KeyboardInterrupt: It was stopped, on the server too.
     """
-    committed = Committed(run)
-    with submitted(kit, run.folder) as there:
-        while there.going():
-            committed.tell(on_round)
+    done = lengths(folder)
+    with submitted(kit, settings) as there:
+        while not (folder / "config.toml").exists():
+            if not there.going():
+                raise UserError(f"the run did not begin: {there.reason()}")
             time.sleep(_POLL_SECONDS)
+        run = planned(folder)
+        return run, view.play(run, play=lambda on_round: _follow(there, Committed(run, done), on_round))
+
+
+def _follow(there: Submitted, committed: Committed, on_round: OnRound) -> dict[str, Any]:
+    while there.going():
         committed.tell(on_round)
-        return _summary(run.folder, there.reason())
+        time.sleep(_POLL_SECONDS)
+    committed.tell(on_round)
+    path = committed.folder / "summary.json"
+    if not path.exists():
+        raise UserError(f"the run in {committed.folder} did not finish: {there.reason()}")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
+
+
+def lengths(folder: Path) -> dict[str, int]:
+    """Bytes of the files of lines in a run folder that belong to rounds that are over."""
+    path = folder / "state.safetensors"
+    found = checkpoint.read_manifest(path)["lengths"] if path.exists() else {}
+    return {name: found.get(name, 0) for name in ("rounds.jsonl", "devices.jsonl")}
 
 
 class Committed:
     """The rounds of a run that another process plays, read from its folder once their state is written."""
 
-    def __init__(self, run: Run) -> None:
-        """Begin after the rounds that the run has now."""
-        self._folder, self._groups = run.folder, [group.name for group in run.outlook.groups]
-        self._read = self._lengths()
+    def __init__(self, run: Run, done: dict[str, int]) -> None:
+        """Begin after the rounds that are in `done`: see `lengths`."""
+        self.folder, self._groups = run.folder, [group.name for group in run.outlook.groups]
+        self._read = done
 
     def tell(self, on_round: OnRound) -> None:
         """Pass on those that are new since the last call."""
-        before, self._read = self._read, self._lengths()
+        before, self._read = self._read, lengths(self.folder)
         if before == self._read:
             return
-        rounds, devices = (self._between(name, before.get(name, 0), end) for name, end in self._read.items())
+        rounds, devices = (self._between(name, before[name], end) for name, end in self._read.items())
         for row in rounds:
             members = [self._device(each) for each in devices if each["round"] == row["round"]]
             on_round(RoundRow(**row), members)
 
-    def _lengths(self) -> dict[str, int]:
-        """Bytes of the files of lines that belong to rounds that are over."""
-        path = self._folder / "state.safetensors"
-        found = checkpoint.read_manifest(path)["lengths"] if path.exists() else {}
-        return {name: found[name] for name in ("rounds.jsonl", "devices.jsonl") if name in found}
-
     def _between(self, name: str, start: int, end: int) -> list[dict[str, Any]]:
         if end <= start:
             return []
-        with open(self._folder / name, "rb") as file:
+        with open(self.folder / name, "rb") as file:
             file.seek(start)
             return [json.loads(line) for line in file.read(end - start).splitlines()]
 
@@ -153,10 +182,12 @@ class Submitted:
 
 
 @contextmanager
-def submitted(kit: Kit, folder: Path) -> Iterator[Submitted]:
-    """A run on the server; what leaves the context by an exception stops it."""
+def submitted(kit: Kit, settings: Mapping[str, str]) -> Iterator[Submitted]:
+    """A run on the server; an interruption stops it there."""
+    path = kit.state / "run.toml"
+    files.write(path, config.dump(settings))
     env = processes.environment(processes.home(kit))
-    with processes.child(run_command(folder), env, folder, subprocess.PIPE) as process:
+    with processes.child(run_command(path), env, kit.state, subprocess.PIPE) as process:
         run = Submitted(kit, process)
         try:
             yield run
@@ -172,14 +203,6 @@ def _flwr(kit: Kit, *arguments: str) -> str:
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout
 
 
-def _summary(folder: Path, reason: str) -> dict[str, Any]:
-    path = folder / "summary.json"
-    if not path.exists():
-        raise UserError(f"the run in {folder} did not finish: {reason}")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
-
-
 def is_locked(folder: Path) -> bool:
     """Whether another process works in a folder."""
     if not folder.is_dir():
@@ -189,7 +212,3 @@ def is_locked(folder: Path) -> bool:
             return False
     except UserError:
         return True
-
-
-def _quoted(path: Path) -> str:
-    return json.dumps(str(path), ensure_ascii=False)

@@ -199,9 +199,9 @@ def test_weights_and_books_are_those_of_the_simulation_bit_for_bit(tmp_path: Pat
         del each["manifest"]["sha256"], each["manifest"]["tensors"]
     assert kept[0] == kept[1]
     predicted, messages = outcome(run.folder)["summary"]["totals"], len(world.link.pushed)
-    names = 64 * len(run.state.params)  # the index tells of every tensor
+    index = 2048 + 170 * len(run.state.params)  # as docs/engines.md says
     for way, key in (("sent", "down_bytes"), ("received", "up_bytes")):
-        assert predicted[key] <= engine.peers.traffic[way] <= 1.02 * predicted[key] + messages * (4096 + 4 * names)
+        assert predicted[key] <= engine.peers.traffic[way] <= 1.02 * predicted[key] + messages * index
 
 
 def test_frozen_tensors_are_sent_once(tmp_path: Path, clock: Clock) -> None:
@@ -461,6 +461,18 @@ def test_a_server_that_is_killed_goes_on_from_the_last_round(tmp_path: Path, clo
     run, engine = world.real(resume(run.folder))
     run.play(engine=engine)
     assert bits(run.state.params) == bits(whole.state.params)
+
+
+def test_runs_that_share_devices_do_not_share_what_these_keep(tmp_path: Path, clock: Clock) -> None:
+    world = World(tmp_path, clock, method={"name": "depthfl", "alpha": 0.1}, fleet=[{"name": "only"}])
+    whole, _ = world.play("whole")
+    one, engine = world.begin("one")
+    one.state, _ = one_round(one, engine)
+    other, theirs = world.begin("other")
+    other.state, _ = one_round(other, theirs)
+    other.state, _ = one_round(other, theirs)
+    one.state, _ = one_round(one, engine)
+    assert bits(one.state.params) == bits(whole.state.params) == bits(other.state.params)
 
 
 def said(world: World, device: int, settings: Mapping[str, Any]) -> tuple[dict[int, Any], list[str]]:

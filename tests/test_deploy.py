@@ -434,14 +434,16 @@ def test_a_run_that_fails_on_the_server_says_why(tmp_path: Path, monkeypatch: py
     server, file = Kit(tmp_path, "localhost", 8443, 1), tmp_path / "tiny.toml"
     file.write_text(config.dump(write_world(tmp_path)))
     settings, folder = submit.begun(file, ["rounds=2"], tmp_path / "runs")
-    with pytest.raises(UserError, match=r"^the run did not begin: too few devices are connected$"):
+    with pytest.raises(UserError, match=r"^the run did not begin: the server has ended"):
+        submit.play(server, settings, folder, View(quiet=True))
+    with files.lock(server.state), pytest.raises(UserError, match=r"did not begin: too few devices are connected$"):
         submit.play(server, settings, folder, View(quiet=True))
     asked = server.state / "asked"
     assert asked.exists()
     asked.unlink()
     run = start(real(config.load_experiment(file, ["rounds=2"])), tmp_path / "runs")
     assert run.folder == folder
-    with pytest.raises(UserError, match=r"did not finish: too few devices are connected$"):
+    with files.lock(server.state), pytest.raises(UserError, match=r"did not finish: too few devices are connected$"):
         submit.play(server, {"resume": str(folder)}, folder, View(quiet=True))
     assert asked.exists()
 
@@ -486,3 +488,14 @@ def test_bad_input_gives_one_line(
     out, err = capsys.readouterr()
     assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
     assert message.replace("{kit}", place) in err
+
+
+def test_without_flower_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lamina.deploy.cli.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["lamina", "deploy", "init", str(tmp_path / "kit"), "--server", "localhost"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == "error: lamina deploy needs Flower: pip install 'lamina[flower]'\n"

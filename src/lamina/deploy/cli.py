@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-deploy = typer.Typer(help="Run experiments on real machines, over Flower.", no_args_is_help=True)
+deploy = typer.Typer(no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The kit.", show_default=False)]
 NOTHING: list[str] = []
+
+
+@deploy.callback(help="Run experiments on real machines, over Flower.")
+def demand_flower() -> None:
+    """Refuse to go on without Flower.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    from lamina.errors import UserError
+
+    if find_spec("flwr") is None:
+        raise UserError("lamina deploy needs Flower: pip install 'lamina[flower]'")
 
 
 @deploy.command()

@@ -154,6 +154,9 @@ class Submitted:
         if self._process.poll() is None:
             return True
         self._reader.join()
+        if not is_locked(self._kit.state):
+            self._tail.append("error: the server has ended; start it again and go on with --resume")
+            return False
         if not self.number:
             return False
         if time.monotonic() - self._asked < _ASK_SECONDS:

@@ -381,6 +381,22 @@ def test_children_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None
     assert gone(pid)
 
 
+def test_an_app_ends_with_what_started_it() -> None:
+    app = "import time; from lamina.deploy.processes import end_with_parent; end_with_parent(); print(); time.sleep(100)"
+    code = (
+        "import subprocess, sys\n"
+        f"app = subprocess.Popen([sys.executable, '-c', {app!r}], stdout=subprocess.PIPE)\n"
+        "app.stdout.readline(); print(app.pid, flush=True); app.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    pid = int(parent.stdout.readline())
+    assert alive(pid)
+    parent.kill()
+    parent.communicate()
+    assert gone(pid)
+
+
 def test_sigterm_leaves_in_order() -> None:
     with pytest.raises(KeyboardInterrupt), processes.stopped_by_signals():
         os.kill(os.getpid(), signal.SIGTERM)

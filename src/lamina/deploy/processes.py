@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,6 +134,21 @@ def _bound() -> Callable[[], None] | None:
         return None
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """End this process, at once, when the one that started it is gone.
+
+    Flower's apps go on asking a SuperLink or SuperNode that was killed; a run would keep its folder from who resumes it.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -382,7 +382,9 @@ def test_children_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None
 
 
 def test_an_app_ends_with_what_started_it() -> None:
-    app = "import time; from lamina.deploy.processes import end_with_parent; end_with_parent(); print(); time.sleep(100)"
+    app = (
+        "import time; from lamina.deploy.processes import end_with_parent; end_with_parent(); print(); time.sleep(100)"
+    )
     code = (
         "import subprocess, sys\n"
         f"app = subprocess.Popen([sys.executable, '-c', {app!r}], stdout=subprocess.PIPE)\n"

@@ -139,7 +139,7 @@ def _bound() -> Callable[[], None] | None:
 def end_with_parent() -> None:
     """End this process, at once, when the one that started it is gone.
 
-    Flower's apps go on asking a SuperLink or SuperNode that was killed; a run would keep its folder from who resumes it.
+    Flower's apps go on asking a SuperLink or SuperNode that was killed, and a run would keep its folder meanwhile.
     """
     parent = os.getppid()
 

@@ -151,12 +151,12 @@ class Submitted:
 
     def going(self) -> bool:
         """Whether it still runs: the stream says so, or, when that broke, the server."""
-        if self._process.poll() is None:
-            return True
-        self._reader.join()
         if not is_locked(self._kit.state):
             self._tail.append("error: the server has ended; start it again and go on with --resume")
             return False
+        if self._process.poll() is None:
+            return True
+        self._reader.join()
         if not self.number:
             return False
         if time.monotonic() - self._asked < _ASK_SECONDS:

@@ -102,6 +102,11 @@ OPTIONS = {
     "import": "FOLDER --out --name --force --json",
     "bench": "WORKLOAD --against --set --rounds --warmup --settle --repeats --workers --tolerance --record --json",
     "export": "RUN --out --dtype --force --json",
+    "profile": "--name --reserve --json",
+    "deploy init": "DIR --server --port --devices --force",
+    "deploy serve": "DIR",
+    "deploy join": "DIR --device",
+    "deploy run": "DIR FILE --set --resume --out --json",
 }
 
 
@@ -116,9 +121,15 @@ def test_every_task_and_method_is_in_the_list() -> None:
 
 def test_the_commands_and_their_options() -> None:
     command: Any = typer.main.get_command(app)
+    groups = {name: sub.commands for name, sub in command.commands.items() if hasattr(sub, "commands")}
+    commands = {name: sub for name, sub in command.commands.items() if name not in groups}
+    commands |= {f"{group} {name}": sub for group, subs in groups.items() for name, sub in subs.items()}
     found = {
-        name: " ".join(each.opts[0] if each.param_type_name == "option" else each.name.upper() for each in sub.params)
-        for name, sub in command.commands.items()
+        name: " ".join(
+            each.opts[0] if each.param_type_name == "option" else each.metavar or each.name.upper()
+            for each in sub.params
+        )
+        for name, sub in commands.items()
     }
     assert found == OPTIONS
 

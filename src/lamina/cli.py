@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lamina import files
+from lamina.deploy.cli import deploy
 from lamina.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(deploy, name="deploy")
 
 File = Annotated[Path, typer.Argument(help="TOML file.", show_default=False)]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: local.lr=0.001.")]
@@ -258,6 +261,31 @@ def export(
         view.say(f"beside it, in lamina.safetensors: {', '.join(done.beside)}; see README.md there")
     if done.adapter:
         view.say(f"adapter {done.folder / 'adapter'}" if done.adapter is True else f"no adapter: {done.adapter}")
+
+
+@app.command()
+def profile(
+    name: Annotated[str, typer.Option(help="Of the class; by default that of this machine.")] = "",
+    reserve: Annotated[str, typer.Option(help="Free memory that is not for training.")] = "384 MiB",
+    as_json: Json = False,
+) -> None:
+    """Measure what this machine can spare, and print it as a class of the fleet."""
+    import platform
+
+    from lamina import profile as profiles
+    from lamina.fleet import quantity
+    from lamina.view import View
+
+    try:
+        reserve_bytes = quantity("--reserve", reserve)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    View(quiet=True).say("training a small network for some seconds")
+    found = profiles.profile(name or platform.node() or "device", reserve_bytes)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found.toml(), end="")
 
 
 @app.command()

@@ -153,10 +153,18 @@ def _experiment(table: AppTable) -> Experiment:
         raise UserError(f"run config: overrides must be a list in JSON, got {table.overrides!r}") from error
     if not isinstance(overrides, list) or not all(isinstance(each, str) for each in overrides):
         raise UserError(f"run config: overrides must be a list of key=value, got {table.overrides!r}")
-    found = config.load_experiment(Path(table.experiment), overrides)
-    if found.clock.availability != Clock.availability:
+    return real(config.load_experiment(Path(table.experiment), overrides))
+
+
+def real(experiment: Experiment) -> Experiment:
+    """The same for real devices, which compute each for itself, in float32.
+
+    Raises:
+        UserError: It has settings that are for simulated devices alone.
+    """
+    if experiment.clock.availability != Clock.availability:
         raise UserError("clock.availability is for simulated devices; real ones are there or not: leave it out")
-    return replace(found, engine="serial", precision="float32", enforce=False)
+    return replace(experiment, engine="serial", precision="float32", enforce=False)
 
 
 def engine_of(run: Run, peers: Peers) -> FlowerEngine:

@@ -16,7 +16,7 @@ from typing import Any
 from lamina.errors import UserError
 
 
-def write(path: Path, content: bytes | str) -> None:
+def write(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     """Replace `path` by `content` atomically: temporary file beside it, fsync, rename, fsync of the folder."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def write(path: Path, content: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

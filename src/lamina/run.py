@@ -13,10 +13,11 @@ stopped, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -289,17 +290,26 @@ def resume(folder: Path) -> Run:
         UserError: There is no run, it is finished, or its state is damaged or of another version.
     """
     demand_unfinished(folder)
-    experiment = config.load_experiment(folder / "config.toml")
     path = folder / "state.safetensors"
     manifest = checkpoint.read_manifest(path) if path.exists() else None
-    run = _prepare(experiment)
-    run.folder = folder
+    run = planned(folder)
     if manifest:
         _restore(run, manifest)
     for name in _LINES:
         _cut(folder / name, manifest["lengths"][name] if manifest else 0)
     for left_over in folder.glob(".state.safetensors.*"):
         left_over.unlink()
+    return run
+
+
+def planned(folder: Path) -> Run:
+    """The run in `folder` as it was before its first round; another process may be playing it.
+
+    Raises:
+        UserError: Its config.toml cannot be used.
+    """
+    run = _prepare(config.load_experiment(folder / "config.toml"))
+    run.folder = folder
     return run
 
 
@@ -395,19 +405,22 @@ def first_state(experiment: Experiment, outlook: Outlook, task: Task) -> State:
 
 
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:
-    name = name or f"{experiment.name}-{files.digest(config.dump(experiment.to_table()).encode())[:8]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run folders cannot go to {root}: {error.strerror}") from error
-    for count in range(1, sys.maxsize):
-        folder = root / (name + (f"-{count}" if count > 1 else ""))
-        try:
+    while True:
+        folder = root / unused_name(experiment, root, name)
+        with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            continue
-    raise AssertionError
+
+
+def unused_name(experiment: Experiment, root: Path, name: str = "") -> str:
+    """What a run folder under `root` can be called, beginning with `name` if given."""
+    name = name or f"{experiment.name}-{files.digest(config.dump(experiment.to_table()).encode())[:8]}"
+    names = (name + (f"-{count}" if count > 1 else "") for count in itertools.count(1))
+    return next(each for each in names if not (root / each).exists())
 
 
 def _restore(run: Run, manifest: dict[str, Any]) -> None:

@@ -52,8 +52,22 @@ class View:
         self.console.print(table.title, style="bold", markup=False)
         self.console.print(drawn)
 
-    def play(self, run: Run, engine: Engine | None = None) -> dict[str, Any]:
-        """Show the plan of a run, then its rounds as they go; returns its summary."""
+    def play(
+        self,
+        run: Run,
+        engine: Engine | None = None,
+        play: Callable[[Callable[[RoundRow, Sequence[DeviceRow]], None]], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Show the plan of a run, then its rounds as they go.
+
+        Args:
+            run: The run.
+            engine: Carries its jobs; by default the devices are simulated in this process.
+            play: Plays it in the place of `run.play`, given what is to be told of each round.
+
+        Returns:
+            Its summary.
+        """
         from lamina import tables
 
         self.table(tables.networks(run.outlook.network_json()))
@@ -64,7 +78,11 @@ class View:
         self.say(f"run folder {run.folder}")
         classes = [group.name for group in run.outlook.groups]
         with self.rounds(run.state.round, run.experiment.rounds) as live:
-            return run.play(lambda row, devices: live.round(row, devices, classes), live.progress, engine)
+
+            def show(row: RoundRow, devices: Sequence[DeviceRow]) -> None:
+                live.round(row, devices, classes)
+
+            return play(show) if play else run.play(show, live.progress, engine)
 
     def outcome(self, run: Run, summary: Mapping[str, Any]) -> None:
         """What came out of a run, and where it is."""

@@ -3,8 +3,10 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from lamina.deploy.processes import end_with_parent
 from lamina.deployed import answer, hello
 
+end_with_parent()
 app = ClientApp()
 
 

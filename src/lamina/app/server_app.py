@@ -3,8 +3,10 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from lamina.deploy.processes import end_with_parent
 from lamina.deployed import play
 
+end_with_parent()
 app = ServerApp()
 
 

@@ -1,0 +1,163 @@
+"""A device: check the way to the server, naming what is wrong, then become Flower's SuperNode."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import os
+import socket
+import ssl
+import time
+from pathlib import Path
+from typing import Any
+
+from lamina import config, files
+from lamina.deploy import processes
+from lamina.deploy.kit import Device
+from lamina.errors import UserError
+
+CONNECT_SECONDS = 5
+MOST_SKEW_SECONDS = 240
+"""Flower accepts signatures that are 300 s old."""
+EXPERIMENT, PROFILE, CACHE = "experiment.toml", "profile.toml", "cache"
+
+
+def join(device: Device) -> None:
+    """Check everything, then turn this process into a SuperNode, which serves until it is stopped.
+
+    Raises:
+        UserError: Something is wrong, and what.
+    """
+    command = supernode_command(device, processes.free_port())
+    table = node_config(device)
+    check(device)
+    enter(device)
+    files.write(device.folder / "node.toml", config.dump(table))
+    os.chdir(device.folder)
+    os.execve(command[0], command, processes.environment(device.folder / "flower"))
+
+
+def supernode_command(device: Device, port: int) -> list[str]:
+    """A SuperNode that trusts the kit's CA alone; its own interface is on loopback."""
+    return [
+        processes.program("flower-supernode"),
+        *("--superlink", device.address),
+        *("--root-certificates", str(device.folder / "ca.crt")),
+        *("--auth-supernode-private-key", str(device.folder / "device.key")),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--node-config", str(device.folder / "node.toml")),
+    ]
+
+
+def node_config(device: Device) -> dict[str, Any]:
+    """What the device knows of itself.
+
+    Raises:
+        UserError: It has no experiment, or one that cannot be read.
+    """
+    experiment, profile = device.folder / EXPERIMENT, device.folder / PROFILE
+    if not experiment.is_file():
+        raise UserError(
+            f"{experiment} is missing: copy the experiment there; it says which data and networks there are"
+        )
+    config.load_experiment(experiment)
+    table = {"device": device.device, "experiment": str(experiment), "cache": str(device.folder / CACHE)}
+    return table | ({"profile": str(profile)} if profile.is_file() else {})
+
+
+def check(device: Device) -> None:
+    """Reach the server, check its certificate and the clock.
+
+    Raises:
+        UserError: What is wrong, within `CONNECT_SECONDS` of silence.
+    """
+    where, path = device.address, device.folder / "ca.crt"
+    try:
+        trust = ssl.create_default_context(cafile=str(path))
+    except ssl.SSLError as error:
+        raise UserError(f"{path} is not a certificate; copy it from the kit") from error
+    connection = http.client.HTTPSConnection(device.host, device.port, context=trust, timeout=CONNECT_SECONDS)
+    try:
+        connection.request("GET", "/")
+        told = connection.getresponse().headers.get("Date")
+    except ssl.SSLCertVerificationError as error:
+        raise UserError(_distrusted(device, path, error.verify_message)) from error
+    except ssl.SSLError as error:
+        raise UserError(f"{where} does not speak TLS, as a server of a kit does: another program is there") from error
+    except socket.gaierror as error:
+        raise UserError(f"the name {device.host!r} is not known here: {error.strerror}") from error
+    except TimeoutError:
+        raise UserError(f"{where} does not answer within {CONNECT_SECONDS} s: is there a firewall, is it on?") from None
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise UserError(f"{where} cannot be reached: {reason}; is `lamina deploy serve` running there?") from error
+    except http.client.HTTPException as error:
+        raise UserError(f"{where} does not speak HTTP: another program is there") from error
+    finally:
+        connection.close()
+    skew = time.time() - email.utils.parsedate_to_datetime(told).timestamp() if told else 0.0
+    if abs(skew) > MOST_SKEW_SECONDS:
+        raise UserError(f"the clock differs from that of {where} by {skew:.0f} s: set it, as signatures carry the time")
+
+
+def _distrusted(device: Device, path: Path, reason: str) -> str:
+    """Why a certificate was not accepted."""
+    where = device.address
+    if "expired" in reason or "not yet valid" in reason:
+        return (
+            f"the certificate of {where} is not valid now ({reason}): check the clock here, or renew it on the server"
+        )
+    if "mismatch" in reason or "not valid for" in reason:
+        return f"the certificate of {where} is for another name ({reason}): connect by the name the kit was made for"
+    return f"the certificate of {where} is not of the CA in {path} ({reason}): this is another server, or another kit"
+
+
+def enter(device: Device) -> None:
+    """See that the server lets this device in: announce it with its key, and take that back.
+
+    Raises:
+        UserError: The key is no key, or the server does not know it.
+    """
+    import httpx
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+    from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    path = device.folder / "device.key"
+    try:
+        key = load_ssh_private_key(path.read_bytes(), None)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise UserError(f"{path} is not a device key: copy it from the kit, or make a new kit")
+    client = FleetHttpClient.from_server_address(
+        device.address,
+        False,
+        (device.folder / "ca.crt").read_bytes(),
+        [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())],
+    )
+    try:
+        announced = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=30)
+        node = client.ActivateNode(announced).node_id
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+    except httpx.HTTPStatusError as error:
+        raise UserError(_refused(device, error.response.status_code)) from error
+    except httpx.HTTPError as error:
+        raise UserError(f"{device.address} broke off: {error}") from error
+    finally:
+        client.close()
+
+
+def _refused(device: Device, status: int) -> str:
+    """Why a device was not let in."""
+    if status == 412:
+        return (
+            f"{device.address} does not let device {device.device} in: its device.pub was not in the kit when the "
+            "server was started, or a process runs as this device already (one that was killed counts for a minute)"
+        )
+    return f"{device.address} refused device {device.device} (status {status}): do both have the same versions?"

@@ -74,9 +74,10 @@ def collect(comparison: Comparison, found: Sequence[Cell], misfits: Mapping[str,
     """
     rows = []
     for label, _ in comparison.experiments:
-        results = {cell.experiment.seed: cell.result() for cell in found if cell.label == label}
-        done = {seed: each for seed, each in results.items() if each}
-        rows.append(_row(label, done) if done else {"label": label, "seeds": [], "misfit": misfits.get(label)})
+        mine = [cell for cell in found if cell.label == label]
+        done = {cell.experiment.seed: result for cell in mine if (result := cell.result())}
+        runs = [cell.folder.name for cell in mine if cell.experiment.seed in done]
+        rows.append(_row(label, done) | {"runs": runs} if done else {"label": label, "seeds": [], "misfit": misfits.get(label)})
     return {"schema": SCHEMA, "name": comparison.name, "seeds": list(comparison.seeds), "methods": rows}
 
 

@@ -77,7 +77,9 @@ def collect(comparison: Comparison, found: Sequence[Cell], misfits: Mapping[str,
         mine = [cell for cell in found if cell.label == label]
         done = {cell.experiment.seed: result for cell in mine if (result := cell.result())}
         runs = [cell.folder.name for cell in mine if cell.experiment.seed in done]
-        rows.append(_row(label, done) | {"runs": runs} if done else {"label": label, "seeds": [], "misfit": misfits.get(label)})
+        rows.append(
+            _row(label, done) | {"runs": runs} if done else {"label": label, "seeds": [], "misfit": misfits.get(label)}
+        )
     return {"schema": SCHEMA, "name": comparison.name, "seeds": list(comparison.seeds), "methods": rows}
 
 

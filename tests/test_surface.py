@@ -100,6 +100,7 @@ OPTIONS = {
     "methods": "NAMES --json",
     "pretrain": "FILE --set --json",
     "import": "FOLDER --out --name --force --json",
+    "report": "FOLDER --out --figures --open --json",
     "bench": "WORKLOAD --against --set --rounds --warmup --settle --repeats --workers --tolerance --record --json",
     "export": "RUN --out --dtype --force --json",
 }

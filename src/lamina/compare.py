@@ -1,7 +1,7 @@
 """Methods x seeds under one ruler: every cell is a run of its own, in a folder of its own, and is done once.
 
     <out>/<name>/<label>-<seed>-<digest>/   a run folder; the digest is of its settings
-    <out>/<name>/compare.json, compare.md   the table of all cells done so far
+    <out>/<name>/compare.json, compare.md, report.html   the table, and the page, of all cells done so far
 
 The same command goes on where it was stopped, within a cell too. A method that is added to the file adds its cells.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lamina import config, files, tables
+from lamina import config, files, report, tables
 from lamina.config import Comparison, Experiment
 from lamina.errors import DoesNotFitError
 from lamina.run import Run, resume, start
@@ -84,11 +84,12 @@ def collect(comparison: Comparison, found: Sequence[Cell], misfits: Mapping[str,
 
 
 def save(folder: Path, collected: Mapping[str, Any]) -> None:
-    """Write compare.json and compare.md."""
+    """Write compare.json, compare.md and report.html."""
     files.write_json(folder / "compare.json", dict(collected))
     files.write(
         folder / "compare.md", tables.page(f"{collected['name']}: methods compared", tables.comparison(collected))
     )
+    report.write(folder)
 
 
 def run_cell(cell: Cell, misfits: dict[str, str], play: Callable[[Run], None]) -> None:

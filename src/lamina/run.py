@@ -5,6 +5,7 @@
     rounds.jsonl      a line per round            devices.jsonl   a line per device and round
     state.safetensors everything needed to go on  model/          the finetuned network, as Hugging Face loads it
     summary.json      the result, for programs    report.md       the result, for people
+    report.html       the same as a page with charts
 
 Every round ends with an atomic replacement of the state, which also records how long the two line files are then. A
 kill at any moment therefore loses at most the round it interrupts, and the run that goes on is the run that was never
@@ -30,7 +31,7 @@ import torch
 from safetensors.numpy import save
 from safetensors.torch import load_file
 
-from lamina import __version__, checkpoint, config, files, imports, model, networks, tables
+from lamina import __version__, checkpoint, config, files, imports, model, networks, report, tables
 from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
@@ -234,6 +235,7 @@ class Run:
         summary = self.summary()
         files.write(self.folder / "report.md", tables.markdown(summary, self._coverage()))
         files.write_json(self.folder / "summary.json", summary)
+        report.write(self.folder)
         return summary
 
     def summary(self) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lamina.fleet import RESOURCES
-from lamina.report.contrast import mean_accuracy, over_budget
+from lamina.report.charts import Tally
+from lamina.report.contrast import mean_accuracy, over_budget, score
 from lamina.table import Table
 from lamina.units import duration, human
 
@@ -43,7 +44,7 @@ def of_comparison(collected: Row) -> str:
     mean, std = mean_accuracy(best)
     level = [row for row in fair[1:] if mean - mean_accuracy(row)[0] <= max(std, mean_accuracy(row)[1])]
     said = [
-        f"{best['label']} is the most accurate within the budgets: {_score(best)}, from "
+        f"{best['label']}{_alone(best)} is the most accurate within the budgets: {score(best)}, from "
         f"{best['accuracy']['before']['mean_over_devices']['mean']:.1%} before"
         + (
             f" (mean ± standard deviation over {seeds} seeds)."
@@ -54,9 +55,9 @@ def of_comparison(collected: Row) -> str:
     if level:
         said.append(f"Level with it, within one standard deviation: {_names(level)}.")
     if free := [row for row in done if over_budget(row)]:
-        scores = (f"{row['label']} {_score(row)}" for row in free)
+        scores = (f"{row['label']} {score(row)}" for row in free)
         said.append(f"Beyond the budgets: {', '.join(scores)}.")
-    if partial := [row for row in fair if row["took_part"] < 1]:
+    if partial := [row for row in fair[1:] if row["took_part"] < 1]:
         parts = (f"{row['label']} ({1 - row['took_part']:.0%})" for row in partial)
         said.append(f"Leave devices out: {', '.join(parts)}.")
     if misfits := [row for row in collected["methods"] if row.get("misfit")]:
@@ -64,9 +65,8 @@ def of_comparison(collected: Row) -> str:
     return " ".join(said)
 
 
-def _score(row: Row) -> str:
-    mean, std = mean_accuracy(row)
-    return f"{100 * mean:.1f}" + (f" ±{100 * std:.1f}%" if len(row["seeds"]) > 1 else "%")
+def _alone(row: Row) -> str:
+    return f", though it leaves out {1 - row['took_part']:.0%} of the devices," if row["took_part"] < 1 else ""
 
 
 def _names(rows: Iterable[Row]) -> str:
@@ -77,7 +77,7 @@ def _count(number: int, name: str) -> str:
     return f"{number:,} {name}" + (("es" if name.endswith("s") else "s") if number != 1 else "")
 
 
-def left_out(summary: Row, devices: Sequence[Row]) -> Table | None:
+def left_out(summary: Row, tally: Tally) -> Table | None:
     """Which classes sat out and what they lack for the cheapest plan; which updates did not count, and why."""
     rows = [
         (
@@ -88,7 +88,10 @@ def left_out(summary: Row, devices: Sequence[Row]) -> Table | None:
         for row in summary["classes"]
         if row["sat_out"]
     ]
-    reasons = Counter((row["class"], row["rejected"]) for row in devices if row["rejected"])
+    reasons = Counter[tuple[str, str]]()
+    for (_, name, _, rejected), count in tally.items():
+        if rejected:
+            reasons[name, rejected] += count
     rows += [(name, _count(count, "update"), f"not counted: {why}") for (name, why), count in sorted(reasons.items())]
     return Table("Who was left out, and why", ("class", "how many", "why"), rows, left=3) if rows else None
 

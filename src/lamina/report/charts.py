@@ -11,6 +11,8 @@ from lamina.report.marks import Chart, Quantity, Scale, colour, tag, words
 from lamina.units import human
 
 Row = Mapping[str, Any]
+Tally = Counter[tuple[int, str, tuple[int, ...] | None, str | None]]
+"""Lines of devices.jsonl by round, class, trained blocks (None: there is no usable update) and reason of rejection."""
 KINDS = {"mean_over_devices": "mean of devices", "weighted": "weighted", "p10": "10th percentile"}
 ACCURACY = Quantity("accuracy", "share")
 COSTS = {
@@ -183,18 +185,18 @@ def _bar(x: Scale, y: float, tall: float, name: str, row: Row, used: Row, how: s
     return "".join(parts)
 
 
-def coverage(blocks: int, devices: Sequence[Row]) -> Chart | None:
+def coverage(blocks: int, tally: Tally) -> Chart | None:
     """Rounds x blocks: the share of a round's usable updates that trained the block."""
-    usable = [row for row in devices if row["loss"] is not None]
+    usable = [(number, trained, count) for (number, _, trained, _), count in tally.items() if trained is not None]
     if not usable:
         return None
-    rounds = max(row["round"] for row in usable)
+    rounds = max(number for number, _, _ in usable)
     each = -(-rounds // _COLUMNS)
     updates, trained = Counter[int](), Counter[tuple[int, int]]()
-    for row in usable:
-        column = (row["round"] - 1) // each
-        updates[column] += 1
-        trained.update((column, block) for block in row["blocks"])
+    for number, some, count in usable:
+        column = (number - 1) // each
+        updates[column] += count
+        trained.update({(column, block): count for block in some})
     columns, left = -(-rounds // each), 76.0
     wide, tall = min(30.0, 680 / columns), max(10.0, min(22.0, 400 / blocks))
     parts = [
@@ -211,10 +213,10 @@ def coverage(blocks: int, devices: Sequence[Row]) -> Chart | None:
         for column, count in sorted(updates.items()):
             share = trained[column, block] / count
             tip = f"round{_span(column, each)}, block {block}: {share:.0%} of {count} updates"
-            box = {"x": left + column * wide, "y": y, "width": wide - 1.5, "height": tall - 1.5}
+            box: dict[str, Any] = {"x": left + column * wide, "y": y, "width": wide - 1.5, "height": tall - 1.5}
             parts.append(tag("rect", **box, class_="none"))
             parts.append(tag("rect", **box, class_="m2 fill share", opacity=float(share), tip=tip))
-        whole = sum(trained[column, block] for column in updates) / len(usable)
+        whole = sum(trained[column, block] for column in updates) / updates.total()
         parts.append(words(left + columns * wide + 8, y + tall / 2 + 4, f"{whole:.0%}"))
     bottom = 24 + blocks * tall
     for value in dict.fromkeys(int(v) for v in marks.ticks(1, rounds, 8) or [1]):
@@ -235,9 +237,9 @@ def _room(names: Iterable[str]) -> float:
     return 24 + max(marks.width(name) for name in names)
 
 
-def of_run(summary: Row, rounds: Sequence[Row], devices: Sequence[Row]) -> list[Chart]:
+def of_run(summary: Row, rounds: Sequence[Row], tally: Tally) -> list[Chart]:
     """All charts that the data of a run allow, in reading order."""
     chosen = summary["network"]
     blocks = next(each["blocks"] for each in chosen["candidates"] if each["name"] == chosen["chosen"])
-    made = [gains(summary), picture(summary["classes"]), memory(summary["classes"]), coverage(blocks, devices)]
+    made = [gains(summary), picture(summary["classes"]), memory(summary["classes"]), coverage(blocks, tally)]
     return [*curves(summary, rounds), *(chart for chart in made if chart)]

@@ -23,6 +23,12 @@ def mean_accuracy(row: Row) -> tuple[float, float]:
     return after["mean"], after["std"] or 0.0
 
 
+def score(row: Row) -> str:
+    """Mean accuracy of a method in words: "56.2±0.2%"."""
+    mean, std = mean_accuracy(row)
+    return f"{100 * mean:.1f}" + (f"±{100 * std:.1f}%" if len(row["seeds"]) > 1 else "%")
+
+
 def over_budget(row: Row) -> bool:
     """Whether any class of a method trains beyond its budget, as methods may that ignore budgets."""
     return any(
@@ -78,9 +84,8 @@ def ranking(methods: Sequence[Row]) -> Chart:
 
 def _placed(index: int, row: Row, x: Scale, at: float) -> str:
     (mean, std), over = mean_accuracy(row), over_budget(row)
-    said = f"{100 * mean:.1f}" + (f" ±{100 * std:.1f}" if len(row["seeds"]) > 1 else "") + "%"
     part = f"{row['took_part']:.0%} of devices took part" if row["took_part"] < 1 else ""
-    text = ", ".join(each for each in (said, part, "beyond the budgets" if over else "") if each)
+    text = ", ".join(each for each in (score(row), part, "beyond the budgets" if over else "") if each)
     parts = [marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}")] if std else []
     return "".join(
         [*parts, marks.point(x(mean), at, f"{row['label']}: {text}", index, hollow=over), words(656, at + 4, text)]
@@ -98,22 +103,19 @@ def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
     y, made = Scale(low, high, TOP + TALL + 60, TOP), []
     for key, across in (("memory_bytes", MEMORY), ("up_bytes", COSTS["up_bytes"]), ("flops", COSTS["flops"])):
         points = [(spent(row)[key], mean_accuracy(row)[0]) for _, row in done]
-        x = Scale(0, 1.05 * max(cost for cost, _ in points) or 1, LEFT, 400)
+        x = Scale(0, 1.05 * max(cost for cost, _ in points) or 1, LEFT, 300)
         parts = [marks.axes(x, y, across, ACCURACY)]
         kept = [n for n, (_, row) in enumerate(done) if not over_budget(row)]
         best = [kept[n] for n in front([points[n] for n in kept])]
         parts.append(tag("polyline", points=_steps([(x(points[n][0]), y(points[n][1])) for n in best]), class_="dash"))
-        names = []
-        for n, ((index, row), (cost, value)) in enumerate(zip(done, points, strict=True)):
-            where = " on the front" if n in best else ""
-            tip = f"{row['label']}: {value:.1%}, {across.text(cost)}{where}"
-            parts.append(marks.point(x(cost), y(value), tip, index, hollow=over_budget(row)))
-            if n in best:
-                names.append((row["label"], index, x(cost), y(value)))
+        names = [(done[n][1]["label"], done[n][0], x(points[n][0]), y(points[n][1])) for n in best]
         parts.append(_named(names))
+        for n, ((index, row), (cost, value)) in enumerate(zip(done, points, strict=True)):
+            tip = f"{row['label']}: {value:.1%}, {across.text(cost)}{' (on the front)' if n in best else ''}"
+            parts.append(marks.point(x(cost), y(value), tip, index, hollow=over_budget(row)))
         title = f"Accuracy against {across.name}"
         made.append(
-            Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(470, TOP + TALL + 102, title, *parts))
+            Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(312, TOP + TALL + 102, title, *parts))
         )
     return made
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from lamina.units import duration, human, unit
 
@@ -106,11 +107,14 @@ def colour(index: int) -> str:
 
 def point(x: float, y: float, tip: str, index: int, class_: str = "", hollow: bool = False) -> str:
     """A mark of the colour, or else the class, and of the shape of the `index`-th thing: circle, square or diamond."""
-    look = {"class_": f"{class_ or colour(index)} {'hollow' if hollow else 'fill'} hit point", "tip": tip}
+    look: dict[str, Any] = {
+        "class_": f"{class_ or colour(index)} {'hollow' if hollow else 'fill'} hit point",
+        "tip": tip,
+    }
     shape = index // COLOURS % SHAPES
     if shape == 0:
         return tag("circle", cx=float(x), cy=float(y), r=4.5, **look)
-    turn = {"transform": f"rotate(45 {_written(float(x))} {_written(float(y))})"} if shape == 2 else {}
+    turn: dict[str, Any] = {"transform": f"rotate(45 {_written(float(x))} {_written(float(y))})"} if shape == 2 else {}
     return tag("rect", x=x - 4.0, y=y - 4.0, width=8, height=8, **look, **turn)
 
 

@@ -6,7 +6,7 @@ There is no script in it: values that are shown on hovering are titles of marks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -97,13 +97,21 @@ def write(folder: Path, out: Path | None = None) -> Path:
     return path
 
 
+def figures(report: Report, folder: Path) -> list[Path]:
+    """Write every chart as a file of its own, for papers: SVG, in the colours for light paper."""
+    paths = [folder / f"{chart.name}.svg" for chart in report.charts()]
+    for path, chart in zip(paths, report.charts(), strict=True):
+        files.write(path, chart.file())
+    return paths
+
+
 def _of_run(folder: Path, summary: Row) -> Report:
     summary = {"tested_devices": sum(row["devices"] for row in summary["classes"])} | dict(summary)  # a later key
-    rounds, devices = (_lines(folder / name) for name in ("rounds.jsonl", "devices.jsonl"))
+    rounds, tally = list(_lines(folder / "rounds.jsonl")), _tally(folder / "devices.jsonl")
     if (folder / MEASURED).is_file():
         found = {row["name"]: row.get("measured") for row in _json(folder / MEASURED)["classes"]}
         summary = {**summary, "classes": [row | {"measured": found.get(row["name"])} for row in summary["classes"]]}
-    made, out = charts.of_run(summary, rounds, devices), answers.left_out(summary, devices)
+    made, out = charts.of_run(summary, rounds, tally), answers.left_out(summary, tally)
     curves = [chart for chart in made if chart.name.startswith("accuracy")]
     sections = [
         Section("Accuracy over what it cost", "Over all devices that were tested.", curves),
@@ -147,7 +155,7 @@ def _of_comparison(folder: Path, collected: Row) -> Report:
 def _run(folder: Path) -> tuple[Row, list[Row]] | None:
     """Summary and rounds of a run of a comparison, if they are still there."""
     path = folder / "summary.json"
-    return (_json(path), _lines(folder / "rounds.jsonl")) if path.is_file() else None
+    return (_json(path), list(_lines(folder / "rounds.jsonl"))) if path.is_file() else None
 
 
 def _settings(folder: Path) -> dict[str, str]:
@@ -162,13 +170,22 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 
-def _lines(path: Path) -> list[Row]:
+def _lines(path: Path) -> Iterator[Row]:
     if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON lines: {error}") from error
+        return
+    with open(path, encoding="utf-8") as file:
+        try:
+            yield from map(json.loads, file)
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON lines: {error}") from error
+
+
+def _tally(path: Path) -> charts.Tally:
+    """What devices did, counted, for there may be very many lines."""
+    return charts.Tally(
+        (row["round"], row["class"], tuple(row["blocks"]) if row["loss"] is not None else None, row["rejected"])
+        for row in _lines(path)
+    )
 
 
 def _section(section: Section) -> str:

@@ -42,7 +42,7 @@ KEYS = {
     "": (
         config.Experiment,
         "name rounds cohort networks seed eval_every eval_devices workers levers enforce engine precision prefix_ram "
-        "prefix_disk task method local fleet clock",
+        "prefix_disk track task method local fleet clock",
     ),
     "task shakespeare": (
         TASKS["shakespeare"],

@@ -129,20 +129,22 @@ def _steps(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _named(found: Sequence[tuple[str, int, float, float]]) -> str:
-    """Names above their points, and to the left, where the front keeps the ground free, if there is room."""
-    free = marks.spread([y - 9 for *_, y in found], 14, TOP, TOP + TALL + 60)
-    parts = []
-    for (name, index, x, _), y in zip(found, free, strict=True):
-        fits = x - 8 - marks.width(name) > LEFT
-        parts.append(words(x - 8 if fits else x + 8, y, name, f"{colour(index)} own", "end" if fits else "start"))
-    return "".join(parts)
+    """Names above and to the left of their points, where the front keeps the ground free; else below, to the right."""
+    fits = [x - 8 - marks.width(name) > LEFT for name, _, x, _ in found]
+    wanted = [y - 9 if left else y + 16 for left, (*_, y) in zip(fits, found, strict=True)]
+    free = marks.spread(wanted, 14, TOP, TOP + TALL + 60)
+    return "".join(
+        words(x - 8 if left else x + 8, y, name, f"{colour(index)} own", "end" if left else "start")
+        for left, (name, index, x, _), y in zip(fits, found, free, strict=True)
+    )
 
 
 def fairness(methods: Sequence[Row]) -> Chart | None:
     """Classes x methods: accuracy after the run, one panel per class on the same axis, in the order of the ranking."""
     done = ranked(methods)
     names = [each["name"] for each in done[0][1]["classes"]]
-    values = [each["accuracy"]["mean"] for _, row in done for each in row["classes"] if each["accuracy"]]
+    found = [each["accuracy"] for _, row in done for each in row["classes"] if each["accuracy"]]
+    values = [each["mean"] + sign * (each["std"] or 0.0) for each in found for sign in (-1, 1)]
     if not values:
         return None
     left = 24 + max(marks.width(row["label"]) for _, row in done)

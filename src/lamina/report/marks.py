@@ -90,9 +90,9 @@ def _written(value: object) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
-def words(x: float, y: float, said: str, class_: str = "", anchor: str = "start", **attributes: object) -> str:
+def words(x: float, y: float, said: str, class_: str = "", anchor: str = "start") -> str:
     """Text whose baseline begins, ends or has its middle at (x, y)."""
-    return tag("text", escape(said), x=float(x), y=float(y), class_=class_, text_anchor=anchor, **attributes)
+    return tag("text", escape(said), x=float(x), y=float(y), class_=class_, text_anchor=anchor)
 
 
 def width(said: str) -> float:

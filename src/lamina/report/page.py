@@ -132,7 +132,8 @@ def _of_comparison(folder: Path, collected: Row) -> Report:
     groups = {"Accuracy against cost": "against", "Learning curves": "learning"}
     notes = {
         "against": "The dashed line is the front: nothing else within the budgets is both cheaper and better. "
-        "Colours are those above. Memory is the mean over the devices that take part. Hollow: beyond the budgets.",
+        "Colours are those above. Memory is the mean over the devices that take part; the rest "
+        "is summed over all devices and rounds. Hollow: beyond the budgets.",
         "learning": "Means over seeds, with bands of one standard deviation.",
     }
     sections: list[Section] = []

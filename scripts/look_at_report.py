@@ -85,6 +85,11 @@ def main() -> None:
         picture = given.out.resolve() / f"{theme}.png"
         browser(f"--window-size=1040,{given.tall}", f"--screenshot={picture}", *options, path.as_uri())
         print(picture)
+    (given.out / "print.html").write_text(page.replace("@media print", "@media all"), encoding="utf-8")
+    picture = given.out.resolve() / "print.png"
+    address = (given.out.resolve() / "print.html").as_uri()
+    browser(f"--window-size=760,{given.tall}", f"--screenshot={picture}", address)
+    print(picture)
     printed = given.out.resolve() / "print.pdf"
     browser("--no-pdf-header-footer", f"--print-to-pdf={printed}", path.as_uri())
     print(printed)

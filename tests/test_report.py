@@ -439,6 +439,12 @@ def test_labels_keep_clear_of_each_other() -> None:
     assert marks.spread([], 10, 0, 10) == []
 
 
+def test_a_scale_keeps_its_ends() -> None:
+    scale = marks.Scale(10, 20, 300, 100)
+    assert [scale(10), scale(15), scale(20)] == [300, 200, 100]
+    assert marks.Scale(5, 5, 0, 100)(5) == 0
+
+
 def test_ticks_are_round_numbers() -> None:
     assert marks.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert marks.ticks(50.3, 57.4) == pytest.approx([52, 54, 56])

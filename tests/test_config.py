@@ -145,7 +145,7 @@ TOP = (
     "prefix_ram, prefix_disk, task, method, local, fleet, clock"
 )
 METHOD_NAMES = ", ".join(METHODS)
-FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate"
+FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate, devices"
 CLOCK_KEYS = "deadline, over_selection, min_updates, availability, available_hours"
 RATE, SPEED = (f"must be a rate above 0, such as {each}" for each in ('"4 Mbit/s" or "1 MB/s"', '"20 GFLOP/s"'))
 TIMELESS = (

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.cost import Cost, Memory
+from lamina.errors import UserError
 from lamina.fleet import RESOURCES, Budget, DeviceClass, assign, quantity
 from lamina.units import human
 
@@ -196,3 +197,26 @@ def test_places_are_drawn_by_the_seed_alone() -> None:
 )
 def test_quantities_for_people(resource: str, value: float, limit: float | None, text: str) -> None:
     assert human(resource, value, limit) == text
+
+
+def test_classes_may_name_their_devices_and_the_others_are_drawn_from_the_rest() -> None:
+    classes = [DeviceClass("a", devices=(4, 1)), DeviceClass("b", share=3.0), DeviceClass("c")]
+    found = assign(classes, 10, 0)
+    assert [i for i, index in enumerate(found) if index == 0] == [1, 4]
+    assert (found.count(1), found.count(2)) == (6, 2)
+    assert found != assign(classes, 10, 1)
+    assert assign([DeviceClass("a", devices=(1, 2)), DeviceClass("b", devices=(0,))], 3, 0) == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        (((0, 1), (1,)), "different ones from 0 to 2, got 0, 1, 1"),
+        (((0, 1, 2, 3), None), "different ones from 0 to 2, got 0, 1, 2, 3"),
+        (((-1,), None), "different ones from 0 to 2, got -1"),
+        (((0,), (2,)), "device 1 is of no class"),
+    ],
+)
+def test_devices_that_cannot_be_as_they_are_named_are_refused(named: tuple[Any, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        assign([DeviceClass(name, devices=devices) for name, devices in zip("ab", named, strict=True)], 3, 0)

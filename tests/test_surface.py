@@ -87,7 +87,7 @@ KEYS = {
     "method spry": (METHODS["spry"], f"{COMMON} rank alpha targets blocks train_head"),
     "method mezo": (METHODS["mezo"], f"{COMMON} rank alpha targets trains"),
     "local": (Local, "lr optimizer schedule momentum weight_decay batch_size steps epochs clip"),
-    "fleet": (DeviceClass, "name share memory uplink downlink flops speed up_rate down_rate"),
+    "fleet": (DeviceClass, "name share memory uplink downlink flops speed up_rate down_rate devices"),
     "fleet traces": (Traces, "memory_share classes speed since"),
     "clock": (Clock, "deadline over_selection min_updates availability available_hours"),
     "pretrain text": (PretrainText, f"{PRETRAIN} text positions"),

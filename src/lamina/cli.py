@@ -17,8 +17,6 @@ from lamina.errors import UserError
 if TYPE_CHECKING:
     from lamina.config import Experiment
     from lamina.experiment import Outlook
-    from lamina.run import Run
-    from lamina.view import View
 
 app = typer.Typer(
     help="Federated finetuning of small pretrained Transformers under device budgets.",
@@ -44,7 +42,7 @@ def run(
     """Run an experiment: plan, train round by round, report."""
     if (file is None) == (resume is None) or (resume and overrides):
         raise UserError("lamina run takes a TOML file, or --resume FOLDER alone")
-    from lamina import config, tables
+    from lamina import config
     from lamina import run as runs
     from lamina.view import View
 
@@ -60,32 +58,15 @@ def run(
             assert file is not None
             current = runs.start(config.load_experiment(file, overrides), out)
             held.enter_context(files.lock(current.folder))
-        summary = _play(current, view)
+        try:
+            summary = view.play(current)
+        except KeyboardInterrupt:
+            view.say(f"stopped; go on with: lamina run --resume {current.folder}")
+            raise typer.Exit(130) from None
     if as_json:
         _print_json(summary)
         return
-    for table in (tables.outcome(summary), tables.totals(summary)):
-        view.table(table)
-    view.say(f"report {current.folder / 'report.html'}, network {current.folder / 'model'}")
-
-
-def _play(current: Run, view: View) -> dict[str, Any]:
-    """Show the plan, then the rounds as they go."""
-    from lamina import tables
-
-    view.table(tables.networks(current.outlook.network_json()))
-    for table in tables.of_classes(current.outlook.classes_json()):
-        view.table(table)
-    for note in current.task.notes:
-        view.say(f"note: {note}")
-    view.say(f"run folder {current.folder}")
-    classes = [group.name for group in current.outlook.groups]
-    try:
-        with view.rounds(current.state.round, current.experiment.rounds) as live:
-            return current.play(lambda row, devices: live.round(row, devices, classes), live.progress)
-    except KeyboardInterrupt:
-        view.say(f"stopped; go on with: lamina run --resume {current.folder}")
-        raise typer.Exit(130) from None
+    view.outcome(current, summary)
 
 
 @app.command()

@@ -208,20 +208,32 @@ def experiment(table: Mapping[str, Any], where: str) -> Experiment:
     parts: dict[str, Any] = {}
     parts["task"] = _build_named(TASKS, {"name": "shakespeare"}, table.pop("task", {}), f"{where}: [task]")
     parts["method"] = _build_named(METHODS, {"name": "caff"}, table.pop("method", {}), f"{where}: [method]")
-    parts["local"] = _build(Local, table.pop("local", {}), f"{where}: [local]")
-    parts["clock"] = _build(Clock, table.pop("clock", {}), f"{where}: [clock]")
+    parts["local"] = build(Local, table.pop("local", {}), f"{where}: [local]")
+    parts["clock"] = build(Clock, table.pop("clock", {}), f"{where}: [clock]")
     parts["fleet"] = _fleet(table.pop("fleet", []), where)
-    return _build(Experiment, table, where, parts)
+    return build(Experiment, table, where, parts)
 
 
 def _fleet(given: Any, where: str) -> tuple[DeviceClass, ...] | Traces:
     """Device classes, or what stands in their place."""
     if isinstance(given, list | tuple):
-        return tuple(_build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(given, 1))
+        return tuple(build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(given, 1))
     table = {"name": given} if isinstance(given, str) else given
     if not isinstance(table, Mapping) or table.get("name") != TRACES:
         raise UserError(f'{where}: fleet must be written as [[fleet]] tables, one per device class, or be "{TRACES}"')
     return _build_named({TRACES: Traces}, {}, table, f"{where}: [fleet]")
+
+
+def load_classes(path: Path) -> tuple[DeviceClass, ...]:
+    """The device classes of a TOML file, whatever else is in it.
+
+    Raises:
+        UserError: As `load_experiment`, or there is none.
+    """
+    found = _fleet(_read(path, ()).get("fleet", []), str(path))
+    if isinstance(found, Traces) or not found:
+        raise UserError(f"{path} has no [[fleet]] table, which says what a device can spare")
+    return found
 
 
 def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Pretrain:
@@ -237,7 +249,7 @@ def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Pretrain:
         raise UserError(
             f"{path}: what to learn from is given as {' or '.join(cls.source for cls in kinds)}; got {given}"
         )
-    return _build(found[0], table, str(path))
+    return build(found[0], table, str(path))
 
 
 def dump(table: Mapping[str, Any]) -> str:
@@ -315,11 +327,15 @@ def _build_named(table: Mapping[str, type[T]], default: Mapping[str, Any], given
     name = values.pop("name")
     if not isinstance(name, str) or name not in table:
         raise UserError(f"{where}: unknown name {name!r}; {nearest(str(name), table)}")
-    return _build(table[name], values, f"{where} {name}")
+    return build(table[name], values, f"{where} {name}")
 
 
-def _build(cls: type[T], values: Any, where: str, parts: Mapping[str, Any] | None = None) -> T:
-    """An object of a dataclass from plain values, typed strictly; `parts` are fields that are built already."""
+def build(cls: type[T], values: Any, where: str, parts: Mapping[str, Any] | None = None) -> T:
+    """An object of a dataclass from plain values, typed strictly; `parts` are fields that are built already.
+
+    Raises:
+        UserError: A key or value is not accepted; `where` names its origin.
+    """
     from pydantic import TypeAdapter, ValidationError
 
     if not isinstance(values, Mapping):

@@ -14,18 +14,17 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from lamina import files
+from lamina import files, wire
 from lamina.data.task import Shard
 from lamina.errors import UserError
 from lamina.job import Failure, Job, Update
-from lamina.methods import to_table
 from lamina.spec import Spec
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -125,15 +124,7 @@ def _write(folder: Path, job: Job, shard: Shard, spec: Spec, limit_bytes: int | 
     np.save(folder / "targets.npy", targets)
     for kind, arrays in (("arrays", job.arrays), ("state", job.state)):
         save_file({name: array.contiguous() for name, array in arrays.items()}, folder / f"{kind}.safetensors")
-    request = {
-        "spec": asdict(spec),
-        "method": to_table(job.method),
-        "turn": asdict(job.turn),
-        "plan": job.plan.to_json(),
-        "local": asdict(job.local),
-        "limit_bytes": limit_bytes,
-        "look": look,
-    }
+    request = wire.job_to_json(job, spec) | {"limit_bytes": limit_bytes, "look": look}
     files.write_json(folder / "request.json", request)
 
 

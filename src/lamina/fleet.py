@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 
 from lamina.cost import Cost
+from lamina.errors import UserError
 from lamina.job import Turn
 from lamina.turn import generator
 
@@ -122,6 +123,7 @@ class DeviceClass:
         speed: Operations per second.
         up_rate: Bits or bytes per second to the server.
         down_rate: Bits or bytes per second from the server.
+        devices: Indices of its devices, from 0. Not given: its share, drawn, of those that no class names.
     """
 
     name: str
@@ -133,6 +135,7 @@ class DeviceClass:
     speed: str | None = None
     up_rate: str | None = None
     down_rate: str | None = None
+    devices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse shares and quantities that mean nothing.
@@ -199,14 +202,31 @@ def _unit(text: str | None) -> str:
 
 
 def assign(classes: Sequence[DeviceClass], devices: int, seed: int) -> list[int]:
-    """The class of every device, [devices]: counts by largest remainder of the shares, order by seed."""
-    shares = np.array([each.share for each in classes], dtype=float)
-    exact = devices * shares / shares.sum()
-    counts = np.floor(exact).astype(int)
-    for index in np.argsort(counts - exact, kind="stable")[: devices - counts.sum()]:
-        counts[index] += 1
-    members = np.repeat(np.arange(len(classes)), counts)
-    return [int(index) for index in generator(seed, "fleet").permutation(members)]
+    """The class of every device, [devices]: where none names it, counts by largest remainder of the shares, by seed.
+
+    Raises:
+        UserError: A device that classes name is not there, or is named twice; or one is left over for no class.
+    """
+    named = [(device, index) for index, each in enumerate(classes) for device in each.devices or ()]
+    class_of = dict(named)
+    if len(class_of) < len(named) or not class_of.keys() <= set(range(devices)):
+        raise UserError(
+            f"devices of [[fleet]] must be different ones from 0 to {devices - 1}, "
+            f"got {', '.join(str(device) for device, _ in named)}"
+        )
+    rest = [device for device in range(devices) if device not in class_of]
+    drawn = [index for index, each in enumerate(classes) if each.devices is None]
+    if rest and not drawn:
+        raise UserError(f"device {rest[0]} is of no class: name it in devices of one, or give one class none")
+    if rest:
+        shares = np.array([classes[index].share for index in drawn], dtype=float)
+        exact = len(rest) * shares / shares.sum()
+        counts = np.floor(exact).astype(int)
+        for index in np.argsort(counts - exact, kind="stable")[: len(rest) - counts.sum()]:
+            counts[index] += 1
+        members = np.repeat(np.array(drawn), counts)
+        class_of |= zip(rest, generator(seed, "fleet").permutation(members).tolist(), strict=True)
+    return [class_of[device] for device in range(devices)]
 
 
 def roster(classes: Sequence[DeviceClass], devices: int, seed: int) -> Roster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 
@@ -30,3 +31,12 @@ def find(name: str) -> Path:
         f"no network {name!r}: it is neither a folder with a {checkpoint.CONFIG} nor one of the package's: "
         + (", ".join(known) or "it has none")
     )
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 in hex of what a network's folder says and weighs: its config and its safetensors."""
+    found = hashlib.sha256()
+    for path in sorted([folder / checkpoint.CONFIG, *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()

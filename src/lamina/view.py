@@ -16,6 +16,7 @@ from lamina.clock import ABANDONED, AWAY, LATE
 from lamina.units import duration
 
 if TYPE_CHECKING:
+    from lamina.engines import Engine
     from lamina.pretrain import Pretrain
     from lamina.pretrain import Progress as Point
     from lamina.run import RoundRow, Run
@@ -50,6 +51,28 @@ class View:
             drawn.add_row(*map(Text, row))
         self.console.print(table.title, style="bold", markup=False)
         self.console.print(drawn)
+
+    def play(self, run: Run, engine: Engine | None = None) -> dict[str, Any]:
+        """Show the plan of a run, then its rounds as they go; returns its summary."""
+        from lamina import tables
+
+        self.table(tables.networks(run.outlook.network_json()))
+        for table in tables.of_classes(run.outlook.classes_json()):
+            self.table(table)
+        for note in run.task.notes:
+            self.say(f"note: {note}")
+        self.say(f"run folder {run.folder}")
+        classes = [group.name for group in run.outlook.groups]
+        with self.rounds(run.state.round, run.experiment.rounds) as live:
+            return run.play(lambda row, devices: live.round(row, devices, classes), live.progress, engine)
+
+    def outcome(self, run: Run, summary: Mapping[str, Any]) -> None:
+        """What came out of a run, and where it is."""
+        from lamina import tables
+
+        for table in (tables.outcome(summary), tables.totals(summary)):
+            self.table(table)
+        self.say(f"report {run.folder / 'report.html'}, network {run.folder / 'model'}")
 
     @contextmanager
     def rounds(self, done: int, rounds: int) -> Iterator[LiveRounds]:

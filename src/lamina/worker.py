@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from lamina import client, model
+from lamina import client, model, wire
 from lamina.data.task import Pairs
 from lamina.flash import Flash
 from lamina.job import Job, Local, Turn
 from lamina.levers import Levers
 from lamina.limits import lacks_memory, limited, resident_peak, start_count, traceless
-from lamina.methods import from_table
 from lamina.plan import GRADIENTS, Plan
-from lamina.spec import Lora, Spec, spec_from_json
+from lamina.spec import Lora, Spec
 from lamina.units import human
 from lamina.watch import count_allocations, watch_job
 
@@ -58,14 +57,11 @@ def _in_child(folder: Path) -> int:
 
 def _answer(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    spec, method = spec_from_json(request["spec"]), from_table(request["method"])
-    plan, local = Plan.from_json(request["plan"]), Local(**request["local"])
-    arrays, state = (Flash(folder / f"{kind}.safetensors") for kind in ("arrays", "state"))
-    job = Job(Turn(**request["turn"]), plan, local, arrays, method, state)
+    job, spec = wire.job_from_json(request, *(Flash(folder / f"{kind}.safetensors") for kind in ("arrays", "state")))
     examples = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("inputs", "targets"))
     shard, limit_bytes = Pairs(*examples), request["limit_bytes"]
     answer: dict[str, Any] = {"reason": None, "watched": None, "allocator_bytes": 0}
-    _settle(local.batch_size * spec.length(shard.inputs.shape[1]), spec)
+    _settle(job.local.batch_size * spec.length(shard.inputs.shape[1]), spec)
     before = start_count()
     update = None
     try:

@@ -38,7 +38,7 @@ def _moving(request: Request, network: Gpt2) -> dict[str, Tensor]:
     return {name: network.tensors[name] for name in sorted(network.trained(request.most_blocks))}
 
 
-@client_app.train()  # type: ignore[untyped-decorator]
+@client_app.train()
 def _train(message: Any, context: Any) -> Any:
     task = message.content["config"]
     request, network = _loaded(task["folder"])
@@ -50,22 +50,19 @@ def _train(message: Any, context: Any) -> Any:
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
-class _Cohorts(FedAvg):  # type: ignore[misc]
+class _Cohorts(FedAvg):
     """Federated averaging that tells each node which device it is to be."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(fraction_train=request.cohort / request.devices, fraction_evaluate=0.0)
         self._request = request
 
-    def configure_train(self, *given: Any) -> Iterable[Any]:
-        for index, message in enumerate(super().configure_train(*given)):
-            own = {"folder": str(self._request.folder), "index": index}
-            message.content = RecordDict(
-                {
-                    "arrays": message.content["arrays"],
-                    "config": ConfigRecord({**message.content["config"], **own}),
-                }
-            )
+    def configure_train(self, *asked: Any) -> Iterable[Any]:
+        for index, message in enumerate(super().configure_train(*asked)):
+            own: Any = {"folder": str(self._request.folder), "index": index}
+            given: Any = message.content
+            config = ConfigRecord({**given["config"], **own})
+            message.content = RecordDict({"arrays": given["arrays"], "config": config})
             yield message
 
 
@@ -73,7 +70,7 @@ def play(request: Request, rounds: Rounds) -> None:
     """All rounds."""
     server_app = ServerApp()
 
-    @server_app.main()  # type: ignore[untyped-decorator]
+    @server_app.main()
     def main(grid: Any, context: Any) -> None:
         network = Gpt2(request.network)
         moving = _moving(request, network)
@@ -92,5 +89,5 @@ def play(request: Request, rounds: Rounds) -> None:
         first = ArrayRecord({name: tensor.detach() for name, tensor in moving.items()})
         _Cohorts(request).start(grid, first, request.rounds, evaluate_fn=on_round)
 
-    resources = {"init_args": {"num_cpus": request.workers}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    resources: Any = {"init_args": {"num_cpus": request.workers}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server_app, client_app, request.devices, backend_config=resources)

@@ -174,7 +174,7 @@ def test_run_shows_tables_and_leaves_a_folder(file: Path, lamina: Call, tmp_path
     assert (code, err) == (0, "")
     assert {path.name for path in folder.iterdir()} == {
         *("config.toml", "env.json", "rounds.jsonl", "devices.jsonl"),
-        *("state.safetensors", "model", "summary.json", "report.md", ".lock"),
+        *("state.safetensors", "model", "summary.json", "report.md", "report.html", ".lock"),
     }
     for text in (
         "tiny-3 *",

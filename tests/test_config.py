@@ -142,7 +142,7 @@ def test_a_delete_character_is_dumped_too() -> None:
 
 TOP = (
     "name, rounds, cohort, networks, seed, eval_every, eval_devices, workers, levers, enforce, engine, precision, "
-    "prefix_ram, prefix_disk, task, method, local, fleet, clock"
+    "prefix_ram, prefix_disk, track, task, method, local, fleet, clock"
 )
 METHOD_NAMES = ", ".join(METHODS)
 FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate, devices"

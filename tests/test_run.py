@@ -351,6 +351,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
                     "trained_blocks": int,
                     "binding": list,
                     "sat_out": int,
+                    "parts": [{"part": str, "held": float, "trained": float}],
                     "accuracy": accuracy,
                 }
             ],

@@ -42,7 +42,7 @@ KEYS = {
     "": (
         config.Experiment,
         "name rounds cohort networks seed eval_every eval_devices workers levers enforce engine precision prefix_ram "
-        "prefix_disk task method local fleet clock",
+        "prefix_disk track task method local fleet clock",
     ),
     "task shakespeare": (
         TASKS["shakespeare"],
@@ -100,6 +100,7 @@ OPTIONS = {
     "methods": "NAMES --json",
     "pretrain": "FILE --set --json",
     "import": "FOLDER --out --name --force --json",
+    "report": "FOLDER --out --figures --open --json",
     "bench": "WORKLOAD --against --set --rounds --warmup --settle --repeats --workers --tolerance --record --json",
     "export": "RUN --out --dtype --force --json",
     "profile": "--name --reserve --json",

@@ -167,7 +167,7 @@ def compare(
         view.table(table)
     for label, reason in misfits.items():
         view.say(f"{label} does not fit: {reason}")
-    view.say(f"table {folder / 'compare.md'}, runs {folder}")
+    view.say(f"report {folder / 'report.html'}, table {folder / 'compare.md'}, runs {folder}")
 
 
 @app.command()
@@ -286,6 +286,30 @@ def profile(
         _print_json(found.to_json())
     else:
         print(found.toml(), end="")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of a finished run, or of a comparison.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; by default FOLDER/report.html.")] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each chart here too, as SVG.")] = None,
+    show: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make the page that shows a run or a comparison: one file of HTML, with charts, that loads nothing."""
+    import webbrowser
+
+    from lamina import report as reports
+    from lamina.view import View
+
+    page = reports.write(folder, out)
+    drawn = reports.figures(reports.read(folder), figures) if figures else []
+    if show:
+        webbrowser.open(page.resolve().as_uri())
+    if as_json:
+        _print_json({"schema": "lamina.report/1", "page": str(page), "figures": [str(path) for path in drawn]})
+        return
+    View().say(f"report {page}" + (f", figures {figures}" if drawn else ""))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Methods x seeds under one ruler: every cell is a run of its own, in a folder of its own, and is done once.
 
     <out>/<name>/<label>-<seed>-<digest>/   a run folder; the digest is of its settings
-    <out>/<name>/compare.json, compare.md   the table of all cells done so far
+    <out>/<name>/compare.json, compare.md, report.html   the table, and the page, of all cells done so far
 
 The same command goes on where it was stopped, within a cell too. A method that is added to the file adds its cells.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lamina import config, files, tables
+from lamina import config, files, report, tables
 from lamina.config import Comparison, Experiment
 from lamina.errors import DoesNotFitError
 from lamina.run import Run, resume, start
@@ -59,7 +59,7 @@ def cells(comparison: Comparison, out: Path) -> Iterator[Cell]:
     for seed in comparison.seeds:
         for label, experiment in comparison.experiments:
             made = replace(experiment, seed=seed)
-            digest = files.digest(config.dump(replace(made, workers=0).to_table()).encode())[:8]
+            digest = files.digest(config.dump(replace(made, workers=0, track=()).to_table()).encode())[:8]
             short = re.sub(r"[^\w.]+", "-", label).strip("-")
             yield Cell(label, made, out / comparison.name / f"{short}-{seed}-{digest}")
 
@@ -74,18 +74,22 @@ def collect(comparison: Comparison, found: Sequence[Cell], misfits: Mapping[str,
     """
     rows = []
     for label, _ in comparison.experiments:
-        results = {cell.experiment.seed: cell.result() for cell in found if cell.label == label}
-        done = {seed: each for seed, each in results.items() if each}
-        rows.append(_row(label, done) if done else {"label": label, "seeds": [], "misfit": misfits.get(label)})
+        mine = [cell for cell in found if cell.label == label]
+        done = {cell.experiment.seed: result for cell in mine if (result := cell.result())}
+        runs = [cell.folder.name for cell in mine if cell.experiment.seed in done]
+        rows.append(
+            _row(label, done) | {"runs": runs} if done else {"label": label, "seeds": [], "misfit": misfits.get(label)}
+        )
     return {"schema": SCHEMA, "name": comparison.name, "seeds": list(comparison.seeds), "methods": rows}
 
 
 def save(folder: Path, collected: Mapping[str, Any]) -> None:
-    """Write compare.json and compare.md."""
+    """Write compare.json, compare.md and report.html."""
     files.write_json(folder / "compare.json", dict(collected))
     files.write(
         folder / "compare.md", tables.page(f"{collected['name']}: methods compared", tables.comparison(collected))
     )
+    report.write(folder)
 
 
 def run_cell(cell: Cell, misfits: dict[str, str], play: Callable[[Run], None]) -> None:

@@ -22,6 +22,7 @@ from lamina.levers import Allowed, rungs
 from lamina.methods import METHODS, Method
 from lamina.pretrain import Pretrain, PretrainImages, PretrainText
 from lamina.traces import Traces
+from lamina.track import Name as Tracker
 
 T = TypeVar("T")
 TRACES = "traces"
@@ -50,6 +51,8 @@ class Experiment:
         prefix_ram: Memory in which `engine = "auto"` keeps outputs of frozen prefixes from round to round, such as
             "1 GiB"; 0 keeps none.
         prefix_disk: Room for what does not fit there, in a temporary file.
+        track: Experiment trackers that are told each round: "tensorboard", "mlflow", "wandb"; see `docs/report.md`.
+            Changes no result.
         networks: Candidate networks: names of the package's, or folders.
         task: The `[task]` table.
         method: The `[method]` table.
@@ -72,6 +75,7 @@ class Experiment:
     precision: Literal["float32", "bfloat16"] = "float32"
     prefix_ram: str | int = "1 GiB"
     prefix_disk: str | int = "4 GiB"
+    track: tuple[Tracker, ...] = ()
     task: TaskTable = field(default_factory=Shakespeare)
     method: Method = field(default_factory=METHODS["caff"])
     local: Local = field(default_factory=Local)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lamina import checkpoint, networks
+from lamina import checkpoint, model, networks
 from lamina.availability import Availability, availability
 from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.errors import UserError
 from lamina.fleet import Budget, Rates, Roster, roster
+from lamina.layout import Layout
 from lamina.plan import Plan
 from lamina.planner import Candidate, Fleet, Group, assess, choose_network, fit
 from lamina.spec import Spec
@@ -80,6 +82,7 @@ class Outlook:
             "trained_blocks": self.chosen.trained_blocks(index),
             "binding": list(choice.binding),
             "sat_out": 0 if choice.plan else group.devices,
+            "parts": parts(self.chosen.spec, choice.plan) if choice.plan else [],
             "accuracy": None,
         }
 
@@ -88,6 +91,31 @@ class Outlook:
         members, cost = np.flatnonzero(np.asarray(self.class_of) == index), self.chosen.choices[index].cost
         work = np.tile([cost.down_bytes, cost.flops, cost.up_bytes], (len(members), 1))
         return float(np.median(self.rates.phases(members, work).sum(axis=1))) if len(members) else None
+
+
+def parts(spec: Spec, plan: Plan) -> list[dict[str, Any]]:
+    """What a plan holds and trains of the embeddings, of each block and of the head, from the input to the output.
+
+    Each is a share of the scalars that the server's network has there, at most 1; the head includes the final norm.
+    """
+    server, device = model.layout(spec), model.layout(plan.runs(spec))
+    names = ["embeddings", *(f"block {block}" for block in range(spec.blocks)), "head"]
+    sizes = np.zeros((3, len(names)))
+
+    def count(row: int, layout: Layout, name: str, size: int) -> None:
+        at = layout.params[name]
+        sizes[row, at.block + 1 if at.block is not None else 0 if at.part == "embed" else -1] += size
+
+    for name in server.params:
+        count(0, server, name, server.numel(name))
+    for name in plan.holds:
+        size = math.prod(plan.shape(device, name))
+        count(1, device, name, size)
+        if name in plan.trains:
+            count(2, device, name, size)
+    held, trained = np.minimum(1, sizes[1:] / np.maximum(1, sizes[0]))
+    rows = zip(names, held.tolist(), trained.tolist(), strict=True)
+    return [{"part": name, "held": round(h, 4), "trained": round(t, 4)} for name, h, t in rows]
 
 
 def load_task(experiment: Experiment) -> Task:

@@ -5,6 +5,7 @@
     rounds.jsonl      a line per round            devices.jsonl   a line per device and round
     state.safetensors everything needed to go on  model/          the finetuned network, as Hugging Face loads it
     summary.json      the result, for programs    report.md       the result, for people
+    report.html       the same as a page with charts
 
 Every round ends with an atomic replacement of the state, which also records how long the two line files are then. A
 kill at any moment therefore loses at most the round it interrupts, and the run that goes on is the run that was never
@@ -31,7 +32,7 @@ import torch
 from safetensors.numpy import save
 from safetensors.torch import load_file
 
-from lamina import __version__, checkpoint, config, files, imports, model, networks, tables
+from lamina import __version__, checkpoint, config, files, imports, model, networks, report, tables, track
 from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
@@ -145,17 +146,20 @@ class Run:
         tick = time.perf_counter()
         engine = engine or simulator(self.experiment, self.outlook, self.task.train, self.workers)
         examples = [len(shard) for shard in self.task.train]
-        if self.before is None:
-            self.before = self.score()
-            tick = self._commit(tick)
-        while self.state.round < self.experiment.rounds:
-            self.state, rows = play_round(self.experiment, self.outlook, examples, engine, self.state, on_progress)
-            reused = engine.reused() if isinstance(engine, StackedEngine) else None
-            row = self._round_row(rows, self._evaluate_if_due(), reused, time.perf_counter() - tick)
-            self._append("rounds.jsonl", [asdict(row)])
-            self._append("devices.jsonl", [{"round": row.round} | self._readable(each) for each in rows])
-            tick = self._commit(tick)
-            on_round(row, rows)
+        with track.trackers(self.experiment.track, self.folder, self.experiment.to_table()) as told:
+            if self.before is None:
+                self.before = self.score()
+                tick = self._commit(tick)
+                track.tell(told, 0, self.before.accuracy(), {})
+            while self.state.round < self.experiment.rounds:
+                self.state, rows = play_round(self.experiment, self.outlook, examples, engine, self.state, on_progress)
+                reused = engine.reused() if isinstance(engine, StackedEngine) else None
+                row = self._round_row(rows, self._evaluate_if_due(), reused, time.perf_counter() - tick)
+                self._append("rounds.jsonl", [asdict(row)])
+                self._append("devices.jsonl", [{"round": row.round} | self._readable(each) for each in rows])
+                tick = self._commit(tick)
+                track.tell(told, row.round, row.accuracy, asdict(row))
+                on_round(row, rows)
         self.own = self._personalised(on_progress)
         return self._finish(tick)
 
@@ -235,6 +239,7 @@ class Run:
         summary = self.summary()
         files.write(self.folder / "report.md", tables.markdown(summary, self._coverage()))
         files.write_json(self.folder / "summary.json", summary)
+        report.write(self.folder)
         return summary
 
     def summary(self) -> dict[str, Any]:
@@ -368,6 +373,7 @@ def _anchored(experiment: Experiment) -> Experiment:
 def _prepare(experiment: Experiment) -> Run:
     if experiment.enforce:
         demand_limits()
+    track.demand(experiment.track)
     task = load_task(experiment)
     outlook = look_ahead(experiment, task)
     return Run(Path(), experiment, outlook, task, first_state(experiment, outlook, task))

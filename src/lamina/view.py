@@ -90,7 +90,7 @@ class View:
 
         for table in (tables.outcome(summary), tables.totals(summary)):
             self.table(table)
-        self.say(f"report {run.folder / 'report.md'}, network {run.folder / 'model'}")
+        self.say(f"report {run.folder / 'report.html'}, network {run.folder / 'model'}")
 
     @contextmanager
     def rounds(self, done: int, rounds: int) -> Iterator[LiveRounds]:

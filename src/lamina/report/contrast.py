@@ -1,0 +1,222 @@
+"""The charts of a comparison, from compare.json and from the rounds of its runs; see docs/json.md for the names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from lamina.fleet import RESOURCES
+from lamina.report import marks
+from lamina.report.charts import ACCURACY, COSTS, LEFT, ROW, TALL, TOP, progress
+from lamina.report.marks import Chart, Quantity, Scale, colour, tag, words
+
+Row = Mapping[str, Any]
+Curves = Mapping[str, Sequence[tuple[Row, Sequence[Row]]]]  # label -> per seed: summary and rounds
+MEMORY = Quantity("memory at the peak", "bytes")
+
+
+def mean_accuracy(row: Row) -> tuple[float, float]:
+    """Mean over devices and seeds after the run, and its standard deviation over seeds (0 for one seed)."""
+    after = row["accuracy"]["after"]["mean_over_devices"]
+    return after["mean"], after["std"] or 0.0
+
+
+def score(row: Row) -> str:
+    """Mean accuracy of a method in words: "56.2±0.2%"."""
+    mean, std = mean_accuracy(row)
+    return f"{100 * mean:.1f}" + (f"±{100 * std:.1f}%" if len(row["seeds"]) > 1 else "%")
+
+
+def over_budget(row: Row) -> bool:
+    """Whether any class of a method trains beyond its budget, as methods may that ignore budgets."""
+    return any(
+        each["plan"] and any(each["predicted"][key] > (each["budget"][key] or math.inf) for key in RESOURCES)
+        for each in row["classes"]
+    )
+
+
+def spent(row: Row) -> dict[str, float]:
+    """Of a method: mean peak of the devices that take part, in bytes, and what all sent and computed."""
+    part = [each for each in row["classes"] if each["plan"]]
+    devices = sum(each["devices"] for each in part)
+    peak = sum(each["predicted"]["memory_bytes"] * each["devices"] for each in part) / max(1, devices)
+    return {"memory_bytes": peak} | {key: row["totals"][key] for key in ("up_bytes", "flops")}
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, accuracy) that no other beats in both, by rising cost."""
+    kept: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not kept or points[i][1] > points[kept[-1]][1]:
+            kept.append(i)
+    return kept
+
+
+def ranked(methods: Sequence[Row]) -> list[tuple[int, Row]]:
+    """Methods that ran, each with its index in the file, the most accurate first."""
+    done = [(i, row) for i, row in enumerate(methods) if row["seeds"]]
+    return sorted(done, key=lambda each: -mean_accuracy(each[1])[0])
+
+
+def ranking(methods: Sequence[Row]) -> Chart:
+    """Accuracy of every method, the best first, with its spread over seeds; what did not run comes last."""
+    done = ranked(methods)
+    rest = [(i, row) for i, row in enumerate(methods) if not row["seeds"]]
+    before = [row["accuracy"]["before"]["mean_over_devices"]["mean"] for _, row in done]
+    edges = [m + s * sign for _, row in done for m, s in (mean_accuracy(row),) for sign in (-1, 1)]
+    left = 24 + max(marks.width(row["label"]) for row in methods)
+    x = Scale(*marks.padded([*edges, *before]), left, 640)
+    bottom = TOP + ROW * (len(methods) - 1) + 22
+    parts = [marks.axes(x, Scale(0, 1, TOP - 18, bottom), ACCURACY, None)]
+    if len(set(before)) == 1:
+        parts.append(marks.line([(x(before[0]), TOP - 18), (x(before[0]), bottom)], "dash"))
+        parts.append(words(x(before[0]), TOP - 22, "pretrained", "soft", "middle"))
+    for n, (index, row) in enumerate([*done, *rest]):
+        at = TOP + ROW * n
+        parts.append(words(left - 12, at + 4, row["label"], f"{colour(index)} own", "end"))
+        parts.append(_placed(index, row, x, at) if row["seeds"] else words(left, at + 4, _why_not(row), "soft"))
+    title = "Which method is most accurate"
+    note = "Mean over devices after the run; bars are one standard deviation over seeds. Hollow: beyond the budgets."
+    return Chart("ranking", title, note, marks.drawing(900, bottom + 44, title, *parts))
+
+
+def _placed(index: int, row: Row, x: Scale, at: float) -> str:
+    (mean, std), over = mean_accuracy(row), over_budget(row)
+    part = f"{row['took_part']:.0%} of devices took part" if row["took_part"] < 1 else ""
+    text = ", ".join(each for each in (score(row), part, "beyond the budgets" if over else "") if each)
+    parts = [marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}")] if std else []
+    return "".join(
+        [*parts, marks.point(x(mean), at, f"{row['label']}: {text}", index, hollow=over), words(656, at + 4, text)]
+    )
+
+
+def _why_not(row: Row) -> str:
+    return "does not fit" if row["misfit"] else "not run"
+
+
+def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
+    """Accuracy against memory, bytes sent and operations, with the front of those that keep the budgets."""
+    done = [(i, row) for i, row in enumerate(methods) if row["seeds"]]
+    low, high = marks.padded([mean_accuracy(row)[0] for _, row in done])
+    y, made = Scale(low, high, TOP + TALL + 60, TOP), []
+    for key, across in (("memory_bytes", MEMORY), ("up_bytes", COSTS["up_bytes"]), ("flops", COSTS["flops"])):
+        points = [(spent(row)[key], mean_accuracy(row)[0]) for _, row in done]
+        x = Scale(0, 1.05 * max(cost for cost, _ in points) or 1, LEFT, 300)
+        parts = [marks.axes(x, y, across, ACCURACY)]
+        kept = [n for n, (_, row) in enumerate(done) if not over_budget(row)]
+        best = [kept[n] for n in front([points[n] for n in kept])]
+        parts.append(tag("polyline", points=_steps([(x(points[n][0]), y(points[n][1])) for n in best]), class_="dash"))
+        names = [(done[n][1]["label"], done[n][0], x(points[n][0]), y(points[n][1])) for n in best]
+        parts.append(_named(names))
+        for n, ((index, row), (cost, value)) in enumerate(zip(done, points, strict=True)):
+            tip = f"{row['label']}: {value:.1%}, {across.text(cost)}{' (on the front)' if n in best else ''}"
+            parts.append(marks.point(x(cost), y(value), tip, index, hollow=over_budget(row)))
+        title = f"Accuracy against {across.name}"
+        made.append(
+            Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(312, TOP + TALL + 102, title, *parts))
+        )
+    return made
+
+
+def _steps(points: Sequence[tuple[float, float]]) -> str:
+    """A staircase: nothing up to a cost is better than the last step."""
+    corners = [points[0]] if points else []
+    for x, y in points[1:]:
+        corners += [(x, corners[-1][1]), (x, y)]
+    return " ".join(f"{x:.2f},{y:.2f}" for x, y in corners)
+
+
+def _named(found: Sequence[tuple[str, int, float, float]]) -> str:
+    """Names above and to the left of their points, where the front keeps the ground free; else below, to the right."""
+    fits = [x - 8 - marks.width(name) > LEFT for name, _, x, _ in found]
+    wanted = [y - 9 if left else y + 16 for left, (*_, y) in zip(fits, found, strict=True)]
+    free = marks.spread(wanted, 14, TOP, TOP + TALL + 60)
+    return "".join(
+        words(x - 8 if left else x + 8, y, name, f"{colour(index)} own", "end" if left else "start")
+        for left, (name, index, x, _), y in zip(fits, found, free, strict=True)
+    )
+
+
+def fairness(methods: Sequence[Row]) -> Chart | None:
+    """Classes x methods: accuracy after the run, one panel per class on the same axis, in the order of the ranking."""
+    done = ranked(methods)
+    names = [each["name"] for each in done[0][1]["classes"]]
+    found = [each["accuracy"] for _, row in done for each in row["classes"] if each["accuracy"]]
+    values = [each["mean"] + sign * (each["std"] or 0.0) for each in found for sign in (-1, 1)]
+    if not values:
+        return None
+    left = 24 + max(marks.width(row["label"]) for _, row in done)
+    wide = (900 - left) / len(names)
+    low, high = marks.padded(values)
+    bottom = 46 + 22 * (len(done) - 1) + 18
+    parts = [
+        words(left - 12, 46 + 22 * n + 4, row["label"], f"{colour(i)} own", "end") for n, (i, row) in enumerate(done)
+    ]
+    for column, name in enumerate(names):
+        x = Scale(low, high, left + column * wide + 6, left + (column + 1) * wide - 18)
+        parts.append(marks.axes(x, Scale(0, 1, 28, bottom), ACCURACY, None))
+        parts.append(words(x.start, 18, name))
+        for n, (index, row) in enumerate(done):
+            each, at = row["classes"][column], 46.0 + 22 * n
+            if each["accuracy"]:
+                mean, std = each["accuracy"]["mean"], each["accuracy"]["std"] or 0.0
+                parts.append(marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}"))
+                tip = f"{row['label']}, {name}: {mean:.1%} ± {std:.1%}" + ("" if each["plan"] else ", takes no part")
+                parts.append(marks.point(x(mean), at, tip, index, hollow=not each["plan"]))
+    title = "Is it fair to every class"
+    note = "Accuracy after the run on the devices of each class. Hollow: the class takes no part in the training."
+    return Chart("fairness", title, note, marks.drawing(900, bottom + 42, title, *parts))
+
+
+def learning(methods: Sequence[Row], runs: Curves) -> list[Chart]:
+    """Accuracy over rounds, bytes sent, operations and virtual time: means over seeds, with bands of one deviation."""
+    found = {row["label"]: _means(runs[row["label"]]) for row in methods if runs.get(row["label"])}
+    index = {row["label"]: i for i, row in enumerate(methods)}
+    if not found:
+        return []
+    edges = [value + sign * std for points in found.values() for _, value, std in points for sign in (-1, 1)]
+    y, made = Scale(*marks.padded(edges), TOP + TALL + 60, TOP), []
+    for key, across in COSTS.items():
+        top = max(cost[key] for points in found.values() for cost, _, _ in points)
+        if not top:
+            continue
+        x = Scale(0, top, LEFT, 300)
+        parts = [marks.axes(x, y, across, ACCURACY)]
+        for label, points in found.items():
+            at = [(x(cost[key]), y(value), y(value - std), y(value + std)) for cost, value, std in points]
+            look = colour(index[label])
+            parts.append(marks.band([(a, c) for a, _, c, _ in at], [(a, d) for a, _, _, d in at], f"band {look}"))
+            parts.append(marks.line([(a, b) for a, b, _, _ in at], f"line {look}", label))
+            for (cost, value, std), (a, b, *_) in zip(points, at, strict=True):
+                tip = f"{label}: {value:.1%} ± {std:.1%}, {across.name} {across.text(cost[key])}"
+                parts.append(marks.point(a, b, tip, index[label]))
+        ends = [(label, colour(index[label]), points[-1][1]) for label, points in found.items()]
+        parts.append(marks.labels(ends, 300, TOP + 4, TOP + TALL + 60, y))
+        title = f"Accuracy over {across.name}"
+        svg = marks.drawing(470, TOP + TALL + 102, title, *parts)
+        made.append(Chart(f"learning-{key.split('_')[0]}", title, "", svg))
+    return made
+
+
+def _means(runs: Sequence[tuple[Row, Sequence[Row]]]) -> list[tuple[dict[str, float], float, float]]:
+    """Over seeds: costs, accuracy and its deviation at each round that every run evaluated."""
+    curves = [progress(summary, rounds)["mean_over_devices"] for summary, rounds in runs]
+    by_round = [{cost["round"]: (cost, value) for cost, value in curve} for curve in curves]
+    shared = sorted(set.intersection(*(set(each) for each in by_round)))
+    made = []
+    for number in shared:
+        values = [each[number][1] for each in by_round]
+        cost = {key: fmean(each[number][0][key] for each in by_round) for key in COSTS}
+        made.append((cost, fmean(values), stdev(values) if len(values) > 1 else 0.0))
+    return made
+
+
+def of_comparison(collected: Row, runs: Curves) -> list[Chart]:
+    """All charts that the data of a comparison allow, in reading order."""
+    methods = collected["methods"]
+    if not any(row["seeds"] for row in methods):
+        return []
+    fair = fairness(methods)
+    return [ranking(methods), *tradeoffs(methods), *([fair] if fair else []), *learning(methods, runs)]

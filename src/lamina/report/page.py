@@ -1,0 +1,216 @@
+"""The page: what is in a folder, read without trusting it, as one file of HTML that needs nothing else.
+
+There is no script in it: values that are shown on hovering are titles of marks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lamina import files, tables
+from lamina.errors import UserError
+from lamina.report import answers, charts, contrast
+from lamina.report.marks import Chart
+from lamina.table import Table
+
+Row = Mapping[str, Any]
+MEASURED = "plan-measured.json"
+_NOBODY = "Nobody: every class has a plan, and every update counted."
+_STYLE = "".join((Path(__file__).parent / name).read_text("utf-8") for name in ("chart.css", "dark.css", "page.css"))
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts side by side, or one across, or tables, under a heading."""
+
+    title: str
+    note: str = ""
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is to say of a run or of a comparison.
+
+    Attributes:
+        title: What it is of.
+        answer: The result in words.
+        sections: In reading order.
+        folded: Name -> text that is there for those who look for it.
+    """
+
+    title: str
+    answer: str
+    sections: Sequence[Section]
+    folded: Mapping[str, str]
+
+    def charts(self) -> list[Chart]:
+        """All of them."""
+        return [chart for section in self.sections for chart in section.charts]
+
+    def html(self) -> str:
+        """The page."""
+        body = "".join(map(_section, self.sections))
+        folded = "".join(
+            f"<details><summary>{escape(k)}</summary><pre>{escape(v)}</pre></details>" for k, v in self.folded.items()
+        )
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n"
+            f'<body><main><h1>{escape(self.title)}</h1><p class="answer">{escape(self.answer)}</p>\n'
+            f"{body}{folded}<footer>Made by lamina report. Point at a mark to see its value.</footer>"
+            "</main></body></html>\n"
+        )
+
+
+def read(folder: Path) -> Report:
+    """What the folder of a run or of a comparison has to say.
+
+    Raises:
+        UserError: It holds neither a finished run nor a comparison, or a file of it cannot be read.
+    """
+    for name, make in (("summary.json", _of_run), ("compare.json", _of_comparison)):
+        if (folder / name).is_file():
+            try:
+                return make(folder, _json(folder / name))
+            except (KeyError, TypeError, IndexError, StopIteration) as error:
+                reason = f"{type(error).__name__} {error}"
+                raise UserError(f"{folder / name} is not as this version of lamina writes it: {reason}") from error
+    raise UserError(f"{folder} has no summary.json, as a finished run has, and no compare.json, as a comparison has")
+
+
+def write(folder: Path, out: Path | None = None) -> Path:
+    """Make the page of a folder, by default report.html in it; returns where it is.
+
+    Raises:
+        UserError: As `read`.
+    """
+    path = out or folder / "report.html"
+    files.write(path, read(folder).html())
+    return path
+
+
+def figures(report: Report, folder: Path) -> list[Path]:
+    """Write every chart as a file of its own, for papers: SVG, in the colours for light paper."""
+    paths = [folder / f"{chart.name}.svg" for chart in report.charts()]
+    for path, chart in zip(paths, report.charts(), strict=True):
+        files.write(path, chart.file())
+    return paths
+
+
+def _of_run(folder: Path, summary: Row) -> Report:
+    summary = {"tested_devices": sum(row["devices"] for row in summary["classes"])} | dict(summary)  # a later key
+    rounds, tally = list(_lines(folder / "rounds.jsonl")), _tally(folder / "devices.jsonl")
+    if (folder / MEASURED).is_file():
+        found = {row["name"]: row.get("measured") for row in _json(folder / MEASURED)["classes"]}
+        summary = {**summary, "classes": [row | {"measured": found.get(row["name"])} for row in summary["classes"]]}
+    made, out = charts.of_run(summary, rounds, tally), answers.left_out(summary, tally)
+    curves = [chart for chart in made if chart.name.startswith("accuracy")]
+    sections = [
+        Section("Accuracy over what it cost", "Over all devices that were tested.", curves),
+        *(Section(chart.title, chart.note, [chart]) for chart in made if chart not in curves),
+        Section("Who was left out, and why", "" if out else _NOBODY, tables=[out] if out else []),
+        Section("Numbers", tables=tables.of_summary(summary)),
+    ]
+    title = f"{summary['name']}: {summary['method']} on {summary['network']['chosen']}"
+    return Report(title, answers.of_run(summary), sections, _settings(folder))
+
+
+def _of_comparison(folder: Path, collected: Row) -> Report:
+    runs = {
+        row["label"]: [each for name in row.get("runs", ()) if (each := _run(folder / name))]
+        for row in collected["methods"]
+    }
+    made = contrast.of_comparison(collected, runs)
+    groups = {"Accuracy against cost": "against", "Learning curves": "learning"}
+    notes = {
+        "against": "The dashed line is the front: nothing else within the budgets is both cheaper and better. "
+        "Colours are those above. Memory is the mean over the devices that take part; the rest "
+        "is summed over all devices and rounds. Hollow: beyond the budgets.",
+        "learning": "Means over seeds, with bands of one standard deviation.",
+    }
+    sections: list[Section] = []
+    for chart in made:
+        group = next((title for title, start in groups.items() if chart.name.startswith(start)), None)
+        if group is None:
+            sections.append(Section(chart.title, chart.note, [chart]))
+        elif sections[-1].title == group:
+            sections[-1] = Section(group, sections[-1].note, [*sections[-1].charts, chart])
+        else:
+            sections.append(Section(group, notes[groups[group]], [chart]))
+    unfit = answers.misfits(collected)
+    sections += [Section("Numbers", tables=tables.comparison(collected))]
+    sections += [Section("What does not fit, and why", tables=[unfit])] if unfit else []
+    first = next((folder / row["runs"][0] for row in collected["methods"] if row.get("runs")), folder)
+    title = f"{collected['name']}: {len(collected['methods'])} methods compared"
+    return Report(title, answers.of_comparison(collected), sections, _settings(first))
+
+
+def _run(folder: Path) -> tuple[Row, list[Row]] | None:
+    """Summary and rounds of a run of a comparison, if they are still there."""
+    path = folder / "summary.json"
+    return (_json(path), list(_lines(folder / "rounds.jsonl"))) if path.is_file() else None
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    found = {"Settings, every default filled in": "config.toml", "Versions and machine": "env.json"}
+    return {title: (folder / name).read_text("utf-8") for title, name in found.items() if (folder / name).is_file()}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8") as file:
+        try:
+            yield from map(json.loads, file)
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON lines: {error}") from error
+
+
+def _tally(path: Path) -> charts.Tally:
+    """What devices did, counted, for there may be very many lines."""
+    return charts.Tally(
+        (row["round"], row["class"], tuple(row["blocks"]) if row["loss"] is not None else None, row["rejected"])
+        for row in _lines(path)
+    )
+
+
+def _section(section: Section) -> str:
+    note = f"<p>{escape(section.note)}</p>" if section.note else ""
+    shown = "".join(_table(table, section.title) for table in section.tables)
+    figures = "".join(_figure(chart, len(section.charts) > 1) for chart in section.charts)
+    figures = f'<div class="row">{figures}</div>' if len(section.charts) > 1 else figures
+    return f"<section><h2>{escape(section.title)}</h2>{note}{figures}{shown}</section>\n"
+
+
+def _figure(chart: Chart, captioned: bool) -> str:
+    caption = f"<figcaption>{escape(chart.title)}</figcaption>" if captioned else ""
+    return f'<figure id="{escape(chart.name)}">{caption}{chart.svg}</figure>'
+
+
+def _table(table: Table, heading: str) -> str:
+    """A table under its title, if that is not the heading above it already."""
+
+    def row(cells: Iterable[str], kind: str) -> str:
+        sides = ("l" if i < table.left else "r" for i in range(len(table.head)))
+        marked = (f'<{kind} class="{side}">{escape(cell)}</{kind}>' for side, cell in zip(sides, cells, strict=True))
+        return f"<tr>{''.join(marked)}</tr>"
+
+    caption = f"<caption>{escape(table.title)}</caption>" if table.title != heading else ""
+    head = f"<thead>{row(table.head, 'th')}</thead>" if any(table.head) else ""
+    body = "".join(row(cells, "td") for cells in table.rows)
+    return f'<div class="scroll"><table>{caption}{head}<tbody>{body}</tbody></table></div>'

@@ -86,7 +86,9 @@ def make(folder: Path, name: str, **changes: Any) -> Any:
     """The network of a case, every tensor drawn at random, saved by `transformers`."""
     architecture, settings = CASES[name]
     cls = getattr(transformers, architecture)
-    theirs = cls(cls.config_class(**settings | changes)).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs = cls(cls.config_class(**settings | changes)).eval()
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in theirs.parameters():

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lamina.clock import ABANDONED, AWAY, LATE
 from lamina.units import duration
 
 if TYPE_CHECKING:
@@ -217,6 +216,8 @@ class LiveRounds:
 
     def round(self, row: RoundRow, devices: Sequence[DeviceRow], classes: Sequence[str]) -> None:
         """A finished round: one line, one more for each update that was rejected for what it was."""
+        from lamina.clock import ABANDONED, AWAY, LATE
+
         self.done = row.round
         self.bar.update(self.task, completed=row.round)
         parts = []

@@ -208,7 +208,7 @@ class DepthFL(_FromBelow):
 
         def counted() -> Iterator[Vote]:
             for vote in votes:
-                voters.update(params if self.absent == "keep" else vote.plan.trains)
+                voters.update(list(params) if self.absent == "keep" else vote.plan.trains)
                 yield vote
 
         after, _ = super().merge(params, spec, counted(), turn, memory)

@@ -4,8 +4,8 @@ python studies/run.py shakespeare tuning half one     # settings of a task, one 
 python studies/run.py cifar10 half --data data        # where the folder cifar10 is
 python studies/run.py shakespeare half --dry          # write the file of the comparison, run nothing
 
-Of each setting, <out>/<task>-<setting>.toml is what `lamina compare` is given; it needs nothing of this script. Learning
-rates are those with the best accuracy in the tuning of the task, which is measured on training examples held back.
+Of each setting, <out>/<task>-<setting>.toml is what `lamina compare` is given; it needs nothing of this script.
+Learning rates have the best accuracy in the tuning of the task, which is measured on training examples held back.
 """
 
 from __future__ import annotations

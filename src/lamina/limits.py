@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from lamina.errors import UserError
 
 _MAPPED_BYTES, _SMALL_BYTES = 64 * 1024, 1024
+_KEPT_BYTES, _LARGEST_MAPPED = 2**31 - 1, 32 * 2**20
+"""The most that glibc accepts: of free memory at the end of the heap, and as the size from which tensors are mapped."""
 
 
 def slack_bytes(budget_bytes: int) -> int:
@@ -60,20 +62,34 @@ def lacks_memory(error: Exception) -> bool:
 @contextlib.contextmanager
 def traceless() -> Iterator[None]:
     """What is done in here leaves no holes in the heap that a device could fill for free."""
-    _tune_malloc(_SMALL_BYTES)
+    _give_back(_SMALL_BYTES)
     yield
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    _tune_malloc(_MAPPED_BYTES)
+    _give_back(_MAPPED_BYTES)
 
 
-def _tune_malloc(mapped_bytes: int) -> None:
+def keep_freed() -> None:
+    """Let glibc keep what is freed for the next step, which needs as much again.
+
+    By default it gives the memory of a step's activations back when the step is over, and the next step has the system
+    clear page after page once more: a tenth to a third of the time of small steps.
+    """
+    _tune_malloc(_LARGEST_MAPPED, _KEPT_BYTES, 0, 1)
+
+
+def _give_back(mapped_bytes: int) -> None:
     """Let glibc map everything larger than this by itself, and give it back when it is freed."""
+    _tune_malloc(mapped_bytes, mapped_bytes, 0, 1)
+
+
+def _tune_malloc(*values: int) -> None:
+    """Set M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD and M_ARENA_MAX, where there is such a malloc."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-3, mapped_bytes), (-1, mapped_bytes), (-2, 0), (-8, 1)):
-            mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+        for option, value in zip((-3, -1, -2, -8), values, strict=True):
+            mallopt(option, value)
 
 
 def _status(key: str) -> int:

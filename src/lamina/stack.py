@@ -9,6 +9,7 @@ Shape legend: as in `lamina.model`, and G devices, N tokens or sequences of one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,11 +22,15 @@ from lamina import products
 from lamina.kernels import Mix
 from lamina.ops import Ops
 from lamina.packed import Packed
+from lamina.spec import Act
 
 _ALONE = 2_000_000
 """Multiplications of a device from which on its product is worth a call of its own where oneDNN is the faster."""
-_LOGITS = 2**18
-"""Logits that exist at a time: a megabyte, which stays near the processor."""
+_LOGITS = 2**20
+"""Logits that exist at a time."""
+_TINY = 1e-30
+"""Probabilities above it have exact enough logarithms in fp32."""
+_GELU, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 HIDDEN = -1
 """Target of what does not count: rows that make up the batch of a device which has fewer than others."""
 
@@ -136,6 +141,12 @@ class Stacked(Ops):
             return plain(x, weight, values, indices, bias)
 
         return self._each(kernel, [x.float()], (weight, values, bias))
+
+    def act(self, x: Tensor, kind: Act) -> Tensor:
+        """An activation; GELU by tanh in half the time of torch's kernel."""
+        if kind == "gelu_tanh" and x.dtype == torch.float32 and not x.is_cuda:
+            return cast(Tensor, _Gelu.apply(x))  # type: ignore[no-untyped-call]
+        return super().act(x, kind)
 
     def multiply(self, x: Tensor, vector: Tensor) -> Tensor:
         """Each row of X times a vector of its device."""
@@ -325,6 +336,26 @@ class _Norms(Function):
         return None if of_x is None else of_x.view(gradient.shape), of_weight, of_bias, None
 
 
+class _Gelu(Function):
+    """GELU by tanh, as x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): the same function, fewer operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Keeps x and the sigmoid."""
+        gate = (x * x).mul_(_GELU * _CUBE).add_(_GELU).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """With s the sigmoid, the slope is s (1 + x (2 u)' (1 - s))."""
+        x, gate = ctx.saved_tensors
+        slope = (x * x).mul_(3 * _GELU * _CUBE).add_(_GELU).mul_(x)
+        slope.addcmul_(slope, gate, value=-1)
+        torch.addcmul(gate, slope, gate, out=slope)
+        return cast(Tensor, slope.mul_(gradient))
+
+
 class _HeadLoss(Function):
     """Mean loss per token of x W^T + b, a few tokens at a time; forward finds the gradients as well."""
 
@@ -332,22 +363,30 @@ class _HeadLoss(Function):
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """With p the probabilities and y the one-hot target, the logits' gradient is (p - y) / N."""
-        tokens = len(targets_N)
+        """With p the probabilities and y the one-hot target, the logits' gradient is (p - y) / N.
+
+        The division is left to backward. A target's probability that is zero in fp32 would be an infinite loss; the
+        logits then tell it.
+        """
         weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         of_x, of_weight, of_bias = (
-            torch.zeros(each.shape) if need and each is not None else None
+            torch.zeros_like(each) if need and each is not None else None
             for each, need in zip((x_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
         )
-        total = x_ND.new_zeros(())
+        total, tokens = x_ND.new_zeros(()), len(targets_N)
         for start in range(0, tokens, size := max(32, _LOGITS // len(weight_VD))):
             rows = slice(start, start + size)
             x, targets = x_ND[rows].to(dtype), targets_N[rows, None]
-            logs = torch.log_softmax(products.linear(x, weight, bias).float(), -1)
-            total -= logs.gather(1, targets).sum()
+            logits = products.linear(x, weight, bias).float()
+            g = torch.softmax(logits, -1)
+            chosen = g.gather(1, targets)
+            if chosen.min() > _TINY:
+                total -= chosen.log().sum()
+            else:
+                total -= torch.log_softmax(logits, -1).gather(1, targets).sum()
             if of_x is None and of_weight is None and of_bias is None:
                 continue
-            g = logs.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logs.dtype)).div_(tokens)
+            g = g.scatter_(1, targets, chosen.sub_(1))
             if of_bias is not None:
                 of_bias += g.sum(0)
             g = g.to(dtype)
@@ -355,10 +394,11 @@ class _HeadLoss(Function):
                 of_x[rows] = products.linear(g, weight.T)
             if of_weight is not None:
                 of_weight += products.outer(g, x)
+        ctx.tokens = tokens
         ctx.save_for_backward(of_x, of_weight, of_bias)
         return total / tokens
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients that forward found; the loss is summed, so what comes is one."""
-        return (*(None if each is None else each.mul_(gradient) for each in ctx.saved_tensors), None, None)
+        return (*(None if each is None else each.mul_(gradient / ctx.tokens) for each in ctx.saved_tensors), None, None)

@@ -14,6 +14,7 @@ from lamina.engines.prefix import Prefixes
 from lamina.engines.stacked import StackedEngine
 from lamina.experiment import Outlook
 from lamina.fleet import quantity
+from lamina.limits import keep_freed
 from lamina.ops import TORCH, Ops
 from lamina.stack import Stacked
 
@@ -28,6 +29,7 @@ def simulator(experiment: Experiment, outlook: Outlook, shards: Sequence[Shard],
 
         budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
         return EnforcedEngine(spec, shards, budgets, min(workers, experiment.cohort))
+    keep_freed()
     if experiment.engine == "serial":
         return LocalEngine(spec, shards, workers)
     ram, disk = (value and quantity("", value) for value in (experiment.prefix_ram, experiment.prefix_disk))

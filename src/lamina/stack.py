@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from lamina import products
 from lamina.kernels import Mix
-from lamina.ops import Ops
+from lamina.ops import HOST, Ops
 from lamina.packed import Packed
 
 _ALONE = 2_000_000
@@ -61,8 +61,9 @@ class Stack:
 class Stacked(Ops):
     """The kernels, on plain tensors and stacks alike."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device = HOST) -> None:
         """Multiply matrices in `dtype`; the residual stream, norms, losses and what trains are fp32."""
+        super().__init__(device)
         self._dtype, self._seen = dtype, (torch.empty(0), torch.empty(0))
         self.devices = 1
         """Whose sequences make up a batch."""
@@ -336,7 +337,7 @@ class _HeadLoss(Function):
         tokens = len(targets_N)
         weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         of_x, of_weight, of_bias = (
-            torch.zeros(each.shape) if need and each is not None else None
+            each.new_zeros(each.shape) if need and each is not None else None
             for each, need in zip((x_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
         )
         total = x_ND.new_zeros(())

@@ -1,0 +1,72 @@
+"""Where simulated devices compute: on the host, or on one of its CUDA cards."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lamina.errors import UserError, nearest
+from lamina.job import Job, Update
+from lamina.ops import HOST
+
+
+def check(name: str) -> None:
+    """Refuse what names no place, whether or not this machine has it.
+
+    Raises:
+        ValueError: Saying what is accepted.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: unknown {name!r}; {nearest(name, ('auto', 'cpu', 'cuda', 'cuda:1'))}")
+
+
+def place(name: str) -> torch.device:
+    """The device that is meant by "cpu", "cuda", the first card, "cuda:1" and so on, or "auto", "cuda" if there is one.
+
+    Raises:
+        UserError: There is no such card.
+    """
+    cards = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not cards):
+        return HOST
+    index = int(name.partition(":")[2] or 0)
+    if index >= cards:
+        seen = f'the last card that torch sees is "cuda:{cards - 1}"' if cards else "torch sees no CUDA device"
+        raise UserError(f'device is "{name}", but {seen}; use "cpu" or "auto"')
+    return torch.device("cuda", index)
+
+
+class Placement:
+    """Brings jobs to a device, and updates back.
+
+    A tensor of the server is copied once and stays on the device for as long as the server has it; it is the same
+    object in every job, as the server's own is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Bring them to `device`; on the host, everything is in its place."""
+        self.device = device
+        self._copies = WeakTensorKeyDictionary()
+
+    def job(self, job: Job) -> Job:
+        """The same job with its tensors on the device."""
+        arrays = {name: self._copy(p) for name, p in job.arrays.items()}
+        state = {name: p.to(self.device) for name, p in job.state.items()}
+        return replace(job, arrays=arrays, state=state)
+
+    def update(self, update: Update) -> Update:
+        """The same update with its tensors on the host."""
+        arrays, state = ({name: p.to(HOST) for name, p in part.items()} for part in (update.arrays, update.state))
+        return replace(update, arrays=arrays, state=state)
+
+    def _copy(self, p: Tensor) -> Tensor:
+        if p.device == self.device:
+            return p
+        if p not in self._copies:
+            self._copies[p] = p.to(self.device)
+        found: Tensor = self._copies[p]
+        return found

@@ -80,7 +80,7 @@ def evaluate(
     def hits(chunk: np.ndarray) -> np.ndarray:
         batches = [shards[device].batch(chunk[chunk[:, 0] == device, 1]) for device in np.unique(chunk[:, 0])]
         inputs, targets_BS = (_joined(part) for part in zip(*batches, strict=True))
-        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), ops, scored)
+        logits_BSV = model.forward(spec, params, model.batch(spec, inputs, ops), ops, scored)
         right: np.ndarray = (logits_BSV.argmax(-1).cpu().numpy() == targets_BS[:, -scored:]).sum(1)
         return right
 

@@ -64,9 +64,12 @@ class Stacked(Ops):
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device = HOST) -> None:
         """Multiply matrices in `dtype`; the residual stream, norms, losses and what trains are fp32."""
         super().__init__(device)
-        self._dtype, self._seen = dtype, (torch.empty(0), torch.empty(0))
-        self.devices = 1
-        """Whose sequences make up a batch."""
+        self._dtype = dtype
+        self.aim(1)
+
+    def aim(self, devices: int) -> None:
+        """From here on, the sequences of so many devices make up a batch; what was seen before, and its graph, goes."""
+        self.devices, self._seen = devices, (torch.empty(0), torch.empty(0))
 
     def embed(
         self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0

@@ -216,7 +216,8 @@ class _Steps:
 
     def _aim(self, active: int) -> None:
         """Let only the first so many devices go on."""
-        self._ops.devices, single = active, len(self._devices) == 1
+        self._ops.aim(active)
+        single = len(self._devices) == 1
         params, aside = dict(self._frozen), {}
         for name, p in self._frozen.items():
             if isinstance(p, Stack):

@@ -25,24 +25,24 @@ _INDEXING = (_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN._index_put_impl
 
 
 class OnCard(Tensor):
-    """A tensor on the card, whose numbers are in `inner`."""
+    """A tensor on the card, whose numbers are in `numbers`."""
 
-    inner: Tensor
+    numbers: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> OnCard:
+    def __new__(cls, numbers: Tensor) -> OnCard:
         """A wrapper without memory of its own. Below Python, torch takes it for a tensor of the host."""
-        make = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        made: OnCard = make(cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype)
-        made.inner = inner
+        make = Tensor._make_wrapper_subclass
+        made: OnCard = make(cls, numbers.shape, numbers.stride(), numbers.storage_offset(), dtype=numbers.dtype)
+        made.numbers = numbers
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """For error messages."""
-        return f"OnCard({self.inner})"
+        return f"OnCard({self.numbers})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    device, is_cuda = CARD, True  # type: ignore[assignment]
+    device, is_cuda = CARD, True
 
     def numpy(self, **_: Any) -> Any:
         """As torch says it."""
@@ -50,11 +50,11 @@ class OnCard(Tensor):
 
     def tolist(self) -> Any:
         """Its numbers."""
-        return self.inner.tolist()
+        return self.numbers.tolist()
 
-    def cpu(self, **_: Any) -> Tensor:
+    def cpu(self, **_: Any) -> Tensor:  # type: ignore[override]
         """A copy on the host."""
-        return self.inner.clone()
+        return self.numbers.clone()
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """The same tensor, another type of it, or a copy on the host."""
@@ -63,17 +63,17 @@ class OnCard(Tensor):
         return self if args == (CARD,) else super().to(*args, **kwargs)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """Without a graph."""
         return self.detach()
 
     @data.setter
-    def data(self, value: OnCard) -> None:
+    def data(self, value: Tensor) -> None:
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.inner = value.inner
+        self.numbers = _plain(value)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """A kernel."""
         return _computed(func, args, kwargs or {})
 
@@ -82,27 +82,26 @@ def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A kernel of the card: all tensors that it is given must be there, and what it makes is there."""
     given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     meets = given[:1] if func in _INDEXING else [] if func in _COPIES else given
-    numbers = torch.Tag.pointwise in func.tags
-    if stray := [tuple(p.shape) for p in meets if not isinstance(p, OnCard) and not (numbers and p.dim() == 0)]:
-        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but {stray} are on the host")
+    takes_numbers = torch.Tag.pointwise in func.tags
+    strays = [p for p in meets if not isinstance(p, OnCard) and not (takes_numbers and p.dim() == 0)]
+    if strays:
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but not {strays}")
     if kwargs.get("device"):
         kwargs = kwargs | {"device": HOST}
-    known = {id(_inner(each)): each for each in given}
-    found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-    if func is _ATEN._to_copy.default and found is given[0]:
-        found = found.clone()
+    known = {id(_plain(each)): each for each in given}
+    found = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     def wrapped(each: Any) -> Any:
-        return known.get(id(each), None if each is None else OnCard(each)) if isinstance(each, Tensor) else each
+        return known[id(each)] if id(each) in known else OnCard(each) if isinstance(each, Tensor) else each
 
     return tree_map(wrapped, found)
 
 
-def _inner(each: Any) -> Any:
-    return each.inner if isinstance(each, OnCard) else each
+def _plain(each: Any) -> Any:
+    return each.numbers if isinstance(each, OnCard) else each
 
 
-class Card(TorchDispatchMode):
+class Card(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is there, tensors can be made on it and sent to it, in this thread."""
 
     _mode_key = torch._C._TorchDispatchModeKey.FAKE  # torch then does not look for a driver
@@ -122,12 +121,12 @@ def pretended() -> Iterator[None]:
 
     def submitted(pool: ThreadPoolExecutor, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def called() -> Any:
-            with Card():
+            with Card():  # type: ignore[no-untyped-call]
                 return call(*args, **kwargs)
 
         return submit(pool, called)
 
-    with pytest.MonkeyPatch.context() as patch, Card():
+    with pytest.MonkeyPatch.context() as patch, Card():  # type: ignore[no-untyped-call]
         patch.setattr(ThreadPoolExecutor, "submit", submitted)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,14 +32,16 @@ SHARDS = [texts(5, seed=0), texts(3, seed=1)]
 ONCE = replace(SGD, lr=1e-3, epochs=1, clip=0.5)
 
 
-def alone(job: Job, shards: list[Shard], network: Spec) -> Update:
+def alone(job: Job, shards: Sequence[Shard], network: Spec) -> Update:
     """A device as `engine = "serial"` simulates it on the card."""
     with pretended():
         (update,) = LocalEngine(network, shards, 1, CARD).run([job])
     return update
 
 
-def together(jobs: list[Job], shards: list[Shard], network: Spec, dtype: torch.dtype = torch.float32) -> list[Update]:
+def together(
+    jobs: list[Job], shards: Sequence[Shard], network: Spec, dtype: torch.dtype = torch.float32
+) -> list[Update]:
     """Devices as `engine = "auto"` simulates them on the card."""
     with pretended():
         return list(StackedEngine(network, shards, 1, Prefixes(0, 0), dtype, CARD).run(jobs))
@@ -57,7 +59,7 @@ def test_every_method_trains_on_a_card(number: int, name: str) -> None:
     kinds = {"language": ("gpt2", "llama", "qwen3"), "classification": ("bert", "vit", "dinov2")}
     able = [kinds[kind][number % 3] for kind in METHODS[name].tasks]
     server = Server(name, able[number % len(able)])
-    shards: list[Shard] = [shard(server.spec, size, seed) for seed, size in enumerate((5, 3))]
+    shards = [shard(server.spec, size, seed) for seed, size in enumerate((5, 3))]
     turns = [replace(server.turn, device=device) for device in range(2)]
     jobs = [replace(server.job(server.plans[-1]), turn=turn, local=ONCE) for turn in turns]
     wanted = [client.train(job.owned(), each, server.spec) for job, each in zip(jobs, shards, strict=True)]
@@ -90,7 +92,7 @@ def test_levers_on_a_card(levers: Levers) -> None:
     assert_same(alone(job, SHARDS[:1], network), client.train(job.owned(), SHARDS[0], network))
     jobs = [replace(job, turn=replace(job.turn, device=device)) for device in range(2)]
     if stackable(job):
-        found = together(jobs, list(SHARDS), network)
+        found = together(jobs, SHARDS, network)
         assert [update.loss for update in found] == pytest.approx(
             [client.train(each.owned(), SHARDS[each.turn.device], network).loss for each in jobs], rel=1e-5
         )
@@ -102,7 +104,7 @@ def test_fewer_bits_on_a_card() -> None:
     plan = replace(both[0].plan, trains=both[0].plan.trains - frozen)
     jobs = [replace(job, plan=plan, arrays=weights(spec(2), seed)) for seed, job in enumerate(both)]
     wanted = train_stack(jobs, SHARDS, spec(2), Prefixes(0, 0), torch.bfloat16)
-    for mine, theirs in zip(together(jobs, list(SHARDS), spec(2), torch.bfloat16), wanted, strict=True):
+    for mine, theirs in zip(together(jobs, SHARDS, spec(2), torch.bfloat16), wanted, strict=True):
         assert (mine.turn, mine.steps) == (theirs.turn, theirs.steps)
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-2)
 
@@ -203,9 +205,9 @@ def refusal(call: Callable[[], object]) -> str:
 
 def test_refusals(world: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accepted = "accepted: auto, cpu, cuda, cuda:1"
-    for given, hint in (("tpu", "did you mean 'cpu'? "), ("coda", "did you mean 'cuda'? "), ("cuda:", "did you mean 'cuda:1'? ")):
+    for given, near in (("tpu", "cpu"), ("coda", "cuda"), ("cuda:", "cuda:1")):
         wrong = refusal(lambda given=given: config.experiment(world | {"device": given}, "x"))  # type: ignore[misc]
-        assert wrong == f"x: device: unknown {given!r}; {hint}{accepted}"
+        assert wrong == f"x: device: unknown {given!r}; did you mean {near!r}? {accepted}"
     assert refusal(lambda: config.experiment(world | {"device": "cuda", "enforce": True}, "x")) == (
         "x: enforce = true goes with device = \"cpu\", whose memory it limits; got 'cuda'"
     )

@@ -40,6 +40,11 @@ def place(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def card(device: torch.device) -> str | None:
+    """What a card calls itself; nothing on the host."""
+    return None if device == HOST else torch.cuda.get_device_name(device)
+
+
 class Placement:
     """Brings jobs to a device, and updates back.
 

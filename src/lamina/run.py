@@ -47,7 +47,7 @@ from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
 from lamina.ops import HOST, Ops
 from lamina.personal import personalise
-from lamina.placement import place
+from lamina.placement import card, place
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
 from lamina.state import Copies, State
@@ -292,7 +292,7 @@ def start(experiment: Experiment, root: Path, name: str = "") -> Run:
     run = _prepare(experiment)
     run.folder = _new_folder(experiment, root, name)
     files.write(run.folder / "config.toml", config.dump(_anchored(experiment).to_table()))
-    files.write_json(run.folder / "env.json", environment() | {"card": _card(run.device)})
+    files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
     return run
 
 
@@ -362,11 +362,6 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": usable_cores(),
     }
-
-
-def _card(device: torch.device) -> str | None:
-    """What a card calls itself."""
-    return None if device == HOST else torch.cuda.get_device_name(device)
 
 
 def _anchored(experiment: Experiment) -> Experiment:

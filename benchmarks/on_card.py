@@ -36,7 +36,9 @@ TOLERANCES = {"mezo": 1e-2, "bfloat16": 0.1}
 """Largest difference of weights, beside how far they went, where it is not 1e-3: slopes of two losses are rough."""
 
 
-def weights(network: Path, folder: Path, device: str, method: str, engine: str, precision: str) -> tuple[Params, Params]:
+def weights(
+    network: Path, folder: Path, device: str, method: str, engine: str, precision: str
+) -> tuple[Params, Params]:
     """Before and after three rounds."""
     table = WORKLOADS["C"].table("cuda", 3, 1, network, device) | {
         "cohort": 8,

@@ -7,6 +7,7 @@ results can be compared with those of the host.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
 _ATEN = torch.ops.aten
+LAUNCHED = Counter[str]()
+"""Kernels of the card, views among them, since the beginning of `pretended`."""
 _COPIES = (_ATEN.copy_.default, _ATEN._to_copy.default)
 _INDEXING = (_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN._index_put_impl_.default)
 
@@ -88,6 +91,7 @@ def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but not {strays}")
     if kwargs.get("device"):
         kwargs = kwargs | {"device": HOST}
+    LAUNCHED[str(func)] += 1
     known = {id(_plain(each)): each for each in given}
     found = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
@@ -127,6 +131,7 @@ def pretended() -> Iterator[None]:
         return submit(pool, called)
 
     with pytest.MonkeyPatch.context() as patch, Card():  # type: ignore[no-untyped-call]
+        LAUNCHED.clear()
         patch.setattr(ThreadPoolExecutor, "submit", submitted)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)

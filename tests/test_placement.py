@@ -9,23 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pretended import CARD, HOST, OnCard, pretended
+from pretended import CARD, HOST, LAUNCHED, OnCard, pretended
+from specs import SPECS
 from support import Table, begin, bits, lines, outcome, spec, weights, write_world
 from test_methods_families import Server, shard
 from test_stacked import SGD, assert_alike, caff_jobs, texts
 from torch import Tensor
 
-from lamina import client, config
+from lamina import client, config, model
 from lamina.data.task import Shard
 from lamina.engines.local import LocalEngine
 from lamina.engines.prefix import Prefixes
 from lamina.engines.stacked import StackedEngine, stackable, stacks, train_stack
 from lamina.errors import UserError
-from lamina.job import Job, Local, Update
+from lamina.job import Job, Local, Turn, Update
 from lamina.levers import Levers
-from lamina.methods import METHODS
+from lamina.methods import METHODS, Method
 from lamina.placement import Placement, place
-from lamina.plan import Gradient
+from lamina.plan import Gradient, Plan
 from lamina.spec import Spec
 
 SHARDS = [texts(5, seed=0), texts(3, seed=1)]
@@ -66,6 +67,29 @@ def test_every_method_trains_on_a_card(number: int, name: str) -> None:
     assert_same(alone(jobs[0], shards, server.spec), wanted[0])
     if stackable(jobs[0]):
         assert_alike(together(jobs, shards, server.spec), wanted, jobs)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit"])
+def test_everything_trains_in_one_stack(family: str) -> None:
+    """Embeddings, norms and heads of three devices, of which one takes fewer steps."""
+    network = SPECS[family]
+    names, method, params = frozenset(model.layout(network).params), Method(), weights(network)
+    shards = [shard(network, size, seed) for seed, size in enumerate((6, 2, 5))]
+    jobs = [Job(Turn(0, 0, 9, device), Plan(names, names), ONCE, params, method) for device in range(3)]
+    wanted = [client.train(job.owned(), each, network) for job, each in zip(jobs, shards, strict=True)]
+    assert_alike(together(jobs, shards, network), wanted, jobs)
+
+
+def test_devices_share_launches() -> None:
+    """What costs time on a card: another device in a stack costs few of them. One by one, each costs all of its own."""
+    launched = []
+    for devices in (2, 12):
+        jobs, shards = caff_jobs(spec(3), [2] * devices, local=replace(ONCE, steps=8)), [texts(6)] * devices
+        together(jobs, shards, spec(3))
+        launched.append((len(jobs), LAUNCHED.total()))
+    alone(jobs[0], shards, spec(3))
+    (few, fewer), (many, more) = launched
+    assert (more - fewer) / (many - few) < LAUNCHED.total() / 10
 
 
 @pytest.mark.parametrize("gradient", ["forward", "zeroth"])
@@ -157,17 +181,15 @@ def test_a_card_takes_a_cohort_as_one_stack() -> None:
     jobs, shards = caff_jobs(spec(2), [1] * 20), [texts(4)] * 20
     assert [len(stack) for stack in stacks(jobs, spec(2), shards, CARD)] == [20]
     assert max(len(stack) for stack in stacks(jobs, spec(2), shards)) == 3
-    many = [replace(job, local=Local(batch_size=2**13)) for job in jobs]  # 2^13 8 tokens, 64 wide: 16 MiB
-    assert [len(stack) for stack in stacks(many, spec(2), [texts(2**13)] * 20, CARD)] == [8, 8, 4]
+    many = [replace(job, local=Local(batch_size=2**13)) for job in jobs]  # 2^13 8 tokens, nearly 100 letters: 25 MB
+    assert [len(stack) for stack in stacks(many, spec(2), [texts(2**13)] * 20, CARD)] == [10, 10]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """Two rounds of devices that keep state, and finetune for themselves at the end."""
-    folder = tmp_path_factory.mktemp("world")
-    return write_world(
-        folder, rounds=2, eval_every=1, local={"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}
-    )
+    """Two rounds of three devices; two are evaluated."""
+    local = {"optimizer": "sgd", "lr": 0.1, "steps": 2, "batch_size": 4}
+    return write_world(tmp_path_factory.mktemp("world"), rounds=2, cohort=3, eval_every=1, eval_devices=2, local=local)
 
 
 def test_a_run_on_a_card_is_the_run_on_the_host(world: Table, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lamina.errors import UserError, nearest
 from lamina.job import Job, Update
+from lamina.layout import Params
 from lamina.ops import HOST
 
 
@@ -63,10 +65,15 @@ class Placement:
         state = {name: p.to(self.device) for name, p in job.state.items()}
         return replace(job, arrays=arrays, state=state)
 
-    def update(self, update: Update) -> Update:
-        """The same update with its tensors on the host."""
-        arrays, state = ({name: p.to(HOST) for name, p in part.items()} for part in (update.arrays, update.state))
-        return replace(update, arrays=arrays, state=state)
+    def updates(self, updates: Sequence[Update]) -> list[Update]:
+        """The same updates of devices that train alike, with their tensors on the host."""
+        arrays: list[Params] = [{} for _ in updates]
+        for name in updates[0].arrays:
+            moved = _moved([update.arrays[name] for update in updates])
+            for each, p in zip(arrays, moved, strict=True):
+                each[name] = p
+        states = ({name: p.to(HOST) for name, p in update.state.items()} for update in updates)
+        return [replace(u, arrays=a, state=s) for u, a, s in zip(updates, arrays, states, strict=True)]
 
     def _copy(self, p: Tensor) -> Tensor:
         if p.device == self.device:
@@ -75,3 +82,10 @@ class Placement:
             self._copies[p] = p.to(self.device)
         found: Tensor = self._copies[p]
         return found
+
+
+def _moved(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors on the host; those of a card in one transfer, if they are of one shape."""
+    if len(tensors) == 1 or tensors[0].device == HOST or len({p.shape for p in tensors}) > 1:
+        return [p.to(HOST) for p in tensors]
+    return torch.stack(list(tensors)).to(HOST).unbind()

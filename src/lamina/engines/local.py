@@ -52,4 +52,5 @@ class LocalEngine:
 
     def _train(self, job: Job) -> Update:
         placed = self._placement.job(job).owned()
-        return self._placement.update(client.train(placed, self._shards[job.turn.device], self._spec, self._ops))
+        update = client.train(placed, self._shards[job.turn.device], self._spec, self._ops)
+        return self._placement.updates([update])[0]

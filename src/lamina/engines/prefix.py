@@ -20,12 +20,14 @@ from lamina.data.task import Shard
 from lamina.job import Job
 from lamina.layout import Params
 from lamina.model import Batch
-from lamina.ops import Ops
+from lamina.ops import HOST, Ops
 from lamina.shapes import FLOAT_BYTES
 from lamina.spec import Spec
 
 _TOKENS = 2048
 """That run through the prefix at a time."""
+_CARD_TOKENS = 2**15
+"""The same on a card."""
 _WORTH = 0.5
 """All examples of a device run if it uses this share of them, and are kept if it is to come back so many times."""
 
@@ -218,7 +220,8 @@ class Prefixes:
             x_BSD = model.forked(spec, x_BSD, block, ops)
             return rounded(model.run_blocks(spec, params, x_BSD, [block], ops, hides))
 
-        for rows in ops.slices(count, max(1, _TOKENS // tokens)):
+        most = _TOKENS if ops.device == HOST else _CARD_TOKENS
+        for rows in ops.slices(count, max(1, most // tokens)):
             x_BSD = known.rows.read(np.arange(rows.start, rows.stop)) if known else embedded(inputs[rows])
             hides = Batch(x_BSD, None if lengths is None else ops.tensor(lengths[rows])).hides(spec, tokens, ops)
             for block in (block for block in runs if block < stop):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina import client, model
+from lamina.batched import stacked
 from lamina.data.task import Shard
 from lamina.engines.local import in_threads
 from lamina.engines.prefix import Feed, Prefixes
@@ -33,8 +34,8 @@ _ELEMENTWISE = ("sgd", "momentum", "adamw")
 """Optimizers that move each number by itself, so that a stack of devices is one to them."""
 _ACTIVATION_BYTES = 2**21
 """Of the widest activation of all devices of a stack: as much as stays near a processor."""
-_CARD_BYTES = 2**27
-"""The same on a card, which has one thread: so that all activations together, some tens of times as much, fit it."""
+_CARD_BYTES = 2**28
+"""The same on a card, logits included: all activations together are some tens of times as much."""
 _PARTS = 8
 """On the host, a cohort is cut into at least so many stacks, if there are as many devices, so that workers share it."""
 
@@ -80,7 +81,7 @@ class StackedEngine:
         else:
             pairs = zip(jobs, shards, strict=True)
             updates = [client.train(job.owned(), shard, self._spec, Ops(device)) for job, shard in pairs]
-        return [self._placement.update(update) for update in updates]
+        return self._placement.updates(updates)
 
 
 def stackable(job: Job) -> bool:
@@ -110,7 +111,8 @@ def _size(job: Job, spec: Spec, shards: Sequence[Shard], cohort: int, device: to
     inputs, _ = shard.batch(np.arange(min(len(shard), job.local.batch_size)))
     tokens = len(inputs) * spec.length(inputs.shape[1])
     most, parts = (_ACTIVATION_BYTES, _PARTS) if device == HOST else (_CARD_BYTES, 1)
-    fits = most // (FLOAT_BYTES * tokens * max(spec.ffn, spec.embed))
+    width = max(spec.ffn, spec.embed, 0 if device == HOST else spec.outputs)
+    fits = most // (FLOAT_BYTES * tokens * width)
     return max(1, min(fits, -(-cohort // parts)))
 
 
@@ -168,7 +170,7 @@ def train_stack(
     order = sorted(range(len(jobs)), key=lambda i: -len(all_batches[i]))
     jobs, shards, all_batches = [jobs[i] for i in order], [shards[i] for i in order], [all_batches[i] for i in order]
     whole = {name: torch.stack([job.arrays[name] for job in jobs]) for name in jobs[0].plan.trains}
-    ops, devices = Stacked(dtype, device), []
+    ops, devices = stacked(dtype, device), []
     frozen = _frozen(jobs, spec, ops)
     for place, (job, shard, batches) in enumerate(zip(jobs, shards, all_batches, strict=True)):
         feed = prefixes.feed(job, shard, spec, np.unique(np.concatenate(batches)), ops)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended import LAUNCHED, pretended
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -81,6 +82,15 @@ def test_all_systems_end_with_the_same_weights(request_: Request, tmp_path: Path
     ):
         out = tmp_path / f"wrong-{len(list(tmp_path.iterdir()))}"
         assert difference(start, first, weights(out, wrong, lean.play)) > TOLERANCE
+
+
+def test_the_loop_plays_on_a_card(request_: Request, tmp_path: Path) -> None:
+    """A pretended one, with the numbers of the host."""
+    here = weights(tmp_path / "here", request_, lean.play)
+    with pretended():
+        there = weights(tmp_path / "there", replace(request_, device="cuda:0"), lean.play)
+    assert LAUNCHED.total() > 1000
+    torch.testing.assert_close(there, here, rtol=0, atol=1e-6)
 
 
 def test_a_request_is_what_the_server_would_draw(request_: Request) -> None:

@@ -653,6 +653,7 @@ class Counting(Ops):
     """Kernels that remember what they were asked to cache."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.cached: list[tuple[int, tuple[int, ...], str, int]] = []
 
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:

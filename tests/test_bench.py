@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended import LAUNCHED, pretended
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -83,6 +84,15 @@ def test_all_systems_end_with_the_same_weights(request_: Request, tmp_path: Path
         assert difference(start, first, weights(out, wrong, lean.play)) > TOLERANCE
 
 
+def test_the_loop_plays_on_a_card(request_: Request, tmp_path: Path) -> None:
+    """A pretended one, with the numbers of the host."""
+    here = weights(tmp_path / "here", request_, lean.play)
+    with pretended():
+        there = weights(tmp_path / "there", replace(request_, device="cuda:0"), lean.play)
+    assert LAUNCHED.total() > 1000
+    torch.testing.assert_close(there, here, rtol=0, atol=1e-6)
+
+
 def test_a_request_is_what_the_server_would_draw(request_: Request) -> None:
     assert (request_.rounds, request_.cohort, request_.devices, request_.lr) == (CHECKED, 4, 6, 0.002)
     assert request_.rows.shape == (CHECKED, 4, 4, 2)
@@ -97,7 +107,7 @@ def test_a_request_is_what_the_server_would_draw(request_: Request) -> None:
 
 
 def test_only_the_tail_of_a_device_is_trained(request_: Request) -> None:
-    network = lean.Lean(request_.network)
+    network = lean.Lean(request_.network, "cpu")
     before = {name: tensor.clone() for name, tensor in network.tensors.items()}
     clients = {client.blocks: client for client in request_.clients(0)}
     training.train(network, clients[1], 0.01, 0.0)
@@ -259,7 +269,8 @@ def test_the_result_of_a_contest(held: tuple[Mapping[str, Any], Path, str]) -> N
         TINY.about,
     )
     assert result["settings"] == {
-        "overrides": [], "rounds": 1, "warmup": 1, "settle": 1, "repeats": 1, "workers": 1, "tolerance": TOLERANCE
+        "overrides": [], "rounds": 1, "warmup": 1, "settle": 1, "repeats": 1, "workers": 1, "device": "cpu",
+        "tolerance": TOLERANCE,
     }  # fmt: skip
     assert {"cpu", "cores", "memory_bytes", "torch", "load_before"} <= result["machine"].keys()
     rows = result["systems"]
@@ -314,13 +325,18 @@ def test_a_record_keeps_other_results(held: tuple[Mapping[str, Any], Path, str],
         (["A", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["A", "--settle", "-1"], "--settle must not be negative, got -1"),
         (["A", "--tolerance", "nan"], "--tolerance must be above 0, got nan"),
-        (["C", "--set", "workers=2"], "take --rounds, --warmup and --workers"),
+        (["C", "--set", "workers=2"], "take --rounds, --warmup, --workers and --device"),
+        (["C", "--set", "device=cuda"], "take --rounds, --warmup, --workers and --device"),
+        (["C", "--device", "card"], "--device: unknown 'card'; accepted: auto, cpu, cuda, cuda:1"),
+        (["C", "--device", "cuda"], 'device is "cuda", but torch sees no CUDA device'),
+        (["C", "--device", "cuda", "--against", "loop,pfl"], "pfl plays on the cpu alone; with --device, take loop or"),
         (["C", "--set", "local.steps=0", "--set", "local.batch_size=3"], "let local.batch_size divide task.examples"),
         (["C", "--set", "local.leaning=1"], "unknown key 'leaning'"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WORKLOADS, "C", replace(TINY, local={"batch_size": 2}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, errors = lamina("bench", *arguments)
     assert code == 2 and message in errors
 

@@ -118,6 +118,7 @@ experiments = st.builds(
     eval_every=st.integers(0, 9),
     eval_devices=st.integers(0, 9),
     validation=st.sampled_from([0.0, 0.2]),
+    device=st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
     workers=st.integers(0, 9),
     task=st.builds(Shakespeare, path=st.none() | names, devices=st.none() | counts, alpha=floats),
     method=st.sampled_from(list(VARIANTS.values())),
@@ -144,7 +145,7 @@ def test_a_delete_character_is_dumped_too() -> None:
 
 TOP = (
     "name, rounds, cohort, networks, seed, eval_every, eval_devices, validation, workers, levers, enforce, engine, "
-    "precision, prefix_ram, prefix_disk, track, task, method, local, fleet, clock"
+    "device, precision, prefix_ram, prefix_disk, track, task, method, local, fleet, clock"
 )
 METHOD_NAMES = ", ".join(METHODS)
 FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate, devices"

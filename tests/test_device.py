@@ -326,7 +326,8 @@ from lamina import limits
 def faults():
     def step():
         parts = [torch.ones(2**20) for _ in range(4)]
-    step()
+    for _ in range(10):
+        step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
         step()

@@ -22,7 +22,7 @@ from support import bits
 from torch import Tensor
 
 from lamina.flash import Flash, Kept, Pages
-from lamina.ops import TORCH
+from lamina.ops import HOST, TORCH
 
 
 def tensors() -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def test_files_are_closed_when_dropped(path: Path) -> None:
 
 
 def kept(place: str, rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> Kept | Pages:
-    return Kept(rows, shape, dtype) if place == "ram" else Pages(tempfile.TemporaryFile(), shape, dtype)
+    return Kept(rows, shape, dtype, HOST) if place == "ram" else Pages(tempfile.TemporaryFile(), shape, dtype, HOST)
 
 
 @given(

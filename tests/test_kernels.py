@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamina import ops as operations
 from lamina.kernels import Mix
 from lamina.ledger import Ledger
-from lamina.ops import TORCH, Ops
+from lamina.ops import HOST, TORCH, Ops
 from lamina.packed import Packed, pack
 from lamina.timeline import Timeline
 from lamina.watch import Watch
@@ -414,7 +414,7 @@ def test_the_loss_of_a_head_with_a_bias_is_the_formula(mask: int, labels: Tensor
 
 
 def packed(p: Tensor, bits: int) -> Packed:
-    return pack(p.shape, bits, lambda rows: p[rows.start : rows.stop].clone())
+    return pack(p.shape, bits, lambda rows: p[rows.start : rows.stop].clone(), HOST)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -32,7 +32,7 @@ from lamina.methods import Method
 from lamina.methods.blocks import Caff
 from lamina.methods.full import FedAvg
 from lamina.methods.lora import FedLora
-from lamina.ops import TORCH, Ops
+from lamina.ops import HOST, TORCH, Ops
 from lamina.plan import Keep, Plan, narrow
 from lamina.source import run_prefix
 from lamina.spec import Spec
@@ -374,7 +374,7 @@ def test_the_chunked_loss_of_a_packed_head_is_that_of_the_unpacked_one(
 ) -> None:
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(17, 6, generator=rng)
-    head = packed.pack(weight.shape, bits_, lambda rows: weight[rows.start : rows.stop])
+    head = packed.pack(weight.shape, bits_, lambda rows: weight[rows.start : rows.stop], HOST)
     monkeypatch.setattr(packed, "SLAB_ROWS", slab)
     monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 17 * 4)
     monkeypatch.setattr(ops, "_CHUNK_TOKENS", 1)
@@ -653,6 +653,7 @@ class Counting(Ops):
     """Kernels that remember what they were asked to cache."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.cached: list[tuple[int, tuple[int, ...], str, int]] = []
 
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamina import ops, packed
 from lamina.kernels import Mix
-from lamina.ops import TORCH
+from lamina.ops import HOST, TORCH
 from lamina.packed import Packed
 
 BATCH, TOKENS, WIDTH, VOCAB = 3, 5, 4, 11
@@ -106,7 +106,7 @@ def test_packed_heads_are_those_they_unpack_to(mix: Mix, bits: int, slab: int, m
     small: list[Packed] = []
     for head in heads:
         whole = head.detach()
-        small.append(packed.pack(whole.shape, bits, lambda rows, whole=whole: whole[rows.start : rows.stop]))  # type: ignore[misc]
+        small.append(packed.pack(whole.shape, bits, lambda rows, whole=whole: whole[rows.start : rows.stop], HOST))  # type: ignore[misc]
     got = TORCH.head_loss(xs, small, [None] * len(xs), TARGETS, mix, LABELS, chunked=True)  # type: ignore[arg-type]
     got.backward()  # type: ignore[no-untyped-call]
     unpacked = [each.unpack().double() for each in small]

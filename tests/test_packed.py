@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lamina import packed
 from lamina.flash import Flash
-from lamina.ops import TORCH
+from lamina.ops import HOST, TORCH
 from lamina.packed import SMALLEST, Packed, pack, packable, slabs
 from lamina.watch import Watch
 
@@ -34,7 +34,7 @@ def matrix(*shape: int, seed: int = 0) -> Tensor:
 
 
 def packed_of(x: Tensor, bits: int) -> Packed:
-    return pack(x.shape, bits, lambda rows: x[rows.start : rows.stop].clone())
+    return pack(x.shape, bits, lambda rows: x[rows.start : rows.stop].clone(), HOST)
 
 
 @given(
@@ -91,7 +91,7 @@ def test_a_few_rows_are_read_at_a_time(rows: int, expected: list[int], monkeypat
         asked.append(part)
         return x[part.start : part.stop]
 
-    small = pack(x.shape, 8, read)
+    small = pack(x.shape, 8, read, HOST)
     assert [len(part) for part in asked] == expected
     assert [i for part in asked for i in part] == list(range(rows))
     pieces = list(slabs(small))

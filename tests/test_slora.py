@@ -35,7 +35,7 @@ from lamina.layout import Params
 from lamina.methods import Method, to_table
 from lamina.methods.lora import linears
 from lamina.methods.slora import SLora
-from lamina.ops import TORCH
+from lamina.ops import HOST, TORCH
 from lamina.packed import pack
 from lamina.plan import Plan, Vote, narrow
 from lamina.spec import Spec
@@ -78,7 +78,7 @@ def test_gradients_of_sparse_additions() -> None:
 def test_sparse_additions_to_packed_weights() -> None:
     rng = torch.Generator().manual_seed(3)
     weight = torch.randn(64, 80, generator=rng)
-    packed = pack((64, 80), 16, lambda rows: weight[rows.start : rows.stop])
+    packed = pack((64, 80), 16, lambda rows: weight[rows.start : rows.stop], HOST)
     x, values, bias = (torch.randn(*size, generator=rng) for size in ((3, 80), (9,), (64,)))
     indices = torch.arange(9) * 500
     found = []

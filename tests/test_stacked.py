@@ -175,7 +175,7 @@ def test_frozen_tensors_above_the_first_trained_block(levers: Levers, shared: bo
 def test_the_loss_can_be_weighted() -> None:
     """Gradients of the head follow what comes down."""
     ops, rng = Stacked(), torch.Generator().manual_seed(0)
-    ops.devices = 2
+    ops.aim(2)
     x, head = torch.randn(4, 3, 5, generator=rng), torch.randn(2, 7, 5, generator=rng)
     bias, targets = torch.randn(2, 7, generator=rng), torch.arange(12).view(4, 3) % 7
     share = torch.tensor([2.0, -3.0])
@@ -314,6 +314,14 @@ def test_room_is_used_again() -> None:
         for expected in (0, 0, 10, 20):
             assert prefixes.found == expected
             list(engine.run(changed))
+
+
+def test_fewer_bits_and_ragged_steps() -> None:
+    jobs = caff_jobs(spec(2), [1] * 4, local=replace(SGD, lr=0.01))
+    found = train_stack(jobs, SHARDS, spec(2), Prefixes(0, 0), torch.bfloat16)
+    for one, other in zip(found, serial(jobs, SHARDS, spec(2)), strict=True):
+        assert (one.turn, one.steps) == (other.turn, other.steps)
+        assert one.loss == pytest.approx(other.loss, rel=0.02) and one.loss != other.loss
 
 
 @pytest.mark.parametrize("family", FAMILIES)

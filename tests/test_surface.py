@@ -41,8 +41,8 @@ PRETRAIN = (
 KEYS = {
     "": (
         config.Experiment,
-        "name rounds cohort networks seed eval_every eval_devices validation workers levers enforce engine precision "
-        "prefix_ram prefix_disk track task method local fleet clock",
+        "name rounds cohort networks seed eval_every eval_devices validation workers levers enforce engine device "
+        "precision prefix_ram prefix_disk track task method local fleet clock",
     ),
     "task shakespeare": (
         TASKS["shakespeare"],
@@ -101,7 +101,9 @@ OPTIONS = {
     "pretrain": "FILE --set --json",
     "import": "FOLDER --out --name --force --json",
     "report": "FOLDER --out --figures --open --json",
-    "bench": "WORKLOAD --against --set --rounds --warmup --settle --repeats --workers --tolerance --record --json",
+    "bench": (
+        "WORKLOAD --against --set --rounds --warmup --settle --repeats --workers --device --tolerance --record --json"
+    ),
     "export": "RUN --out --dtype --force --json",
     "profile": "--name --reserve --json",
     "deploy init": "DIR --server --port --devices --force",

@@ -541,6 +541,7 @@ class Forced(Ops):
     """Draws the network that it is told, and remembers what it would have drawn."""
 
     def __init__(self, index: int) -> None:
+        super().__init__()
         self.index, self.drew = index, list[int]()
 
     def drawn(self, networks: Sequence[T], index: int) -> Iterator[T]:

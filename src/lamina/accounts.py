@@ -37,6 +37,7 @@ class Accounts(Ops):
 
     def __init__(self, round_examples: int, warm: bool = False) -> None:
         """Open empty accounts."""
+        super().__init__()
         self.timeline = Timeline()
         self.saved_bytes = 0
         self.flops: defaultdict[str, Fraction] = defaultdict(Fraction)

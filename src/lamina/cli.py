@@ -322,6 +322,7 @@ def bench(
     settle: Annotated[int, typer.Option(help="More of them for ours, until most devices have been seen.")] = 0,
     repeats: Annotated[int, typer.Option(help="Turns of each system.")] = 3,
     workers: Annotated[int, typer.Option(help="Devices computed at a time, by systems that can.")] = 1,
+    device: Annotated[str, typer.Option(help="Where ours and the loops compute: cpu, cuda, cuda:1.")] = "cpu",
     tolerance: Annotated[float, typer.Option(help="How far weights may be apart, beside how far they went.")] = 1e-3,
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="Add the result to this JSON file.")] = None,
     as_json: Json = False,
@@ -332,7 +333,8 @@ def bench(
     from lamina.view import View
 
     names = tuple(name.strip() for name in against.split(",")) if against else ()
-    contest = contests.Contest(workload, names, tuple(overrides), rounds, warmup, settle, repeats, workers, tolerance)
+    times = rounds, warmup, settle, repeats
+    contest = contests.Contest(workload, names, tuple(overrides), *times, workers, device, tolerance)
     view = View(quiet=True)
     try:
         with view.turns(contest.all_rounds) as live:

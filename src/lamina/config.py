@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from lamina import placement
 from lamina.clock import Clock
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
@@ -42,17 +43,20 @@ class Experiment:
         eval_devices: Devices that are evaluated: so many with test examples, drawn once for the run; 0 takes all.
         validation: Share of each device's training examples, the last ones, that replace its test examples, so that
             settings can be chosen without looking at what is reported; 0 leaves both as they are.
-        workers: Simulated devices computed at a time; 0 takes one per core. Changes no result.
+        workers: Simulated devices computed at a time; 0 takes one per core. Changes no result. On a card, one.
         levers: Ways to save memory that the planner may use, where a plan would not fit without: "none", "exact" (those
             that leave the mathematics as it is), "all", or a list of names; see `docs/levers.md`.
         enforce: Whether each device computes in a process that gets no more memory than its budget, so that one that
             needs more fails. For proof, not for speed; on Linux. Computes as `engine = "serial"`.
         engine: How devices are simulated: "serial", each as it would compute by itself, or "auto", those with equal
             plans together and frozen prefixes once, which is faster and differs by rounding; see `docs/engines.md`.
+        device: Where simulated devices train and accuracy is measured: "cpu", "cuda", a card such as "cuda:1", or
+            "auto": "cuda" if there is a card. Results differ by rounding, on a card perhaps from run to run; see
+            `docs/engines.md`.
         precision: In which the simulation multiplies matrices, where `engine` is "auto". It is not what devices are
             priced for.
         prefix_ram: Memory in which `engine = "auto"` keeps outputs of frozen prefixes from round to round, such as
-            "1 GiB"; 0 keeps none.
+            "1 GiB"; 0 keeps none. Of a card's memory, where one trains.
         prefix_disk: Room for what does not fit there, in a temporary file.
         track: Experiment trackers that are told each round: "tensorboard", "mlflow", "wandb"; see `docs/report.md`.
             Changes no result.
@@ -76,6 +80,7 @@ class Experiment:
     levers: Allowed = "none"
     enforce: bool = False
     engine: Literal["auto", "serial"] = "auto"
+    device: str = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
     prefix_ram: str | int = "1 GiB"
     prefix_disk: str | int = "4 GiB"
@@ -103,6 +108,9 @@ class Experiment:
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation must be at least 0 and less than 1, got {self.validation}")
         list(rungs(self.levers))
+        placement.check(self.device)
+        if self.enforce and self.device != "cpu":
+            raise ValueError(f'enforce = true goes with device = "cpu", whose memory it limits; got {self.device!r}')
         for key in ("prefix_ram", "prefix_disk"):
             if getattr(self, key) != 0:
                 quantity(key, getattr(self, key))

@@ -74,6 +74,7 @@ class Duals(Ops):
 
     def __init__(self, ops: Ops) -> None:
         """Compute with the kernels of `ops`."""
+        super().__init__(ops.device)
         self._ops = ops
 
     def embed(

@@ -81,16 +81,16 @@ class Flash(Mapping[str, Tensor]):
 class Pages:
     """Rows of equal shape in a temporary file."""
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Keep rows of `shape` as `dtype` in a file of its own."""
-        self._file, self._shape, self._dtype = file, shape, dtype
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Keep rows of `shape` as `dtype` in a file of its own, for use on `device`."""
+        self._file, self._shape, self._dtype, self._device = file, shape, dtype, device
         weakref.finalize(self, file.close)
         self._row_bytes = math.prod(shape) * dtype.itemsize
 
     def write(self, first: int, x: Tensor) -> None:
         """Rows from `first` on."""
         self._file.seek(first * self._row_bytes)
-        self._file.write(x.to(self._dtype).contiguous().numpy().data)
+        self._file.write(x.to(self._dtype).contiguous().cpu().numpy().data)
 
     def read(self, rows: np.ndarray, count: int | None = None) -> Tensor:
         """The given rows, or what they begin with, `count` long, in fp32, in memory of their own."""
@@ -98,15 +98,15 @@ class Pages:
         out = torch.empty((len(rows), *size), dtype=self._dtype)
         for i, row in enumerate(rows):
             _read(self._file, int(row) * self._row_bytes, out[i])
-        return out.float()
+        return out.to(self._device).float()
 
 
 class Kept:
     """Rows of equal shape in memory."""
 
-    def __init__(self, rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Room for so many rows."""
-        self._rows = torch.empty((rows, *shape), dtype=dtype)
+    def __init__(self, rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Room for so many rows on `device`."""
+        self._rows = torch.empty((rows, *shape), dtype=dtype, device=device)
 
     def write(self, first: int, x: Tensor) -> None:
         """Rows from `first` on."""
@@ -114,7 +114,7 @@ class Kept:
 
     def read(self, rows: np.ndarray, count: int | None = None) -> Tensor:
         """The given rows, or what they begin with, `count` long, in fp32, in memory of their own."""
-        return self._rows[:, :count].index_select(0, torch.from_numpy(rows)).float()
+        return self._rows[:, :count].index_select(0, torch.from_numpy(rows).to(self._rows.device)).float()
 
 
 def _read(file: BinaryIO, at: int, out: Tensor) -> None:

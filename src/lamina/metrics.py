@@ -64,13 +64,14 @@ def evaluate(
         scored: Positions at the end of each that count.
         workers: Threads.
         devices: Whose examples are run, ascending; None: everyone's. Of the others, no prediction is counted.
-        ops: What computes.
+        ops: What computes, and where.
     """
     counts = np.zeros(len(shards), np.int64)
     for device in range(len(shards)) if devices is None else devices:
         counts[device] = len(shards[device])
     device_of = np.repeat(np.arange(len(shards)), counts)
     rows = np.stack([device_of, np.arange(len(device_of)) - (np.cumsum(counts) - counts)[device_of]], axis=1)
+    params = {name: p.to(ops.device) for name, p in params.items()}
     chunks = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
     if not chunks:
         return Score(counts, counts)
@@ -79,8 +80,8 @@ def evaluate(
     def hits(chunk: np.ndarray) -> np.ndarray:
         batches = [shards[device].batch(chunk[chunk[:, 0] == device, 1]) for device in np.unique(chunk[:, 0])]
         inputs, targets_BS = (_joined(part) for part in zip(*batches, strict=True))
-        logits_BSV = model.forward(spec, params, model.batch(spec, inputs), ops, scored)
-        right: np.ndarray = (logits_BSV.argmax(-1).numpy() == targets_BS[:, -scored:]).sum(1)
+        logits_BSV = model.forward(spec, params, model.batch(spec, inputs, ops), ops, scored)
+        right: np.ndarray = (logits_BSV.argmax(-1).cpu().numpy() == targets_BS[:, -scored:]).sum(1)
         return right
 
     with ThreadPoolExecutor(workers) as pool:

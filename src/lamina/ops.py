@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lamina.spec import Act, Pool
 
 T = TypeVar("T")
+HOST = torch.device("cpu")
 Draw = Callable[[], np.random.Generator]
 """Gives a generator at the start of the stream that a direction is read from."""
 
@@ -53,7 +54,15 @@ SLICE_TOKENS = 256
 
 
 class Ops:
-    """The kernels. Fused where torch has it, so that nothing needless is kept for backward."""
+    """The kernels. Fused where torch has it, so that nothing needless is kept for backward.
+
+    Attributes:
+        device: Where they compute: what is made of arrays and of numbers drawn on the host goes there.
+    """
+
+    def __init__(self, device: torch.device = HOST) -> None:
+        """Compute there."""
+        self.device = device
 
     def embed(
         self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0
@@ -158,7 +167,7 @@ class Ops:
         The "mean" is over what is from `start` on and before the end.
         """
         batch, tokens = x_BSD.shape[:2]
-        weights_BkS = pool_weights(kind, start, lengths_B, batch, tokens).to(x_BSD)
+        weights_BkS = pool_weights(kind, start, lengths_B, batch, tokens, x_BSD.device).to(x_BSD)
         return torch.bmm(weights_BkS, x_BSD).reshape(batch, 1, -1)
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
@@ -237,14 +246,14 @@ class Ops:
         p.grad.view(x.shape[0], -1).addmm_(x.detach(), y.detach(), alpha=factor)
 
     def code(self, coding: Coding, name: str, new: Tensor, old: Tensor, turn: Turn) -> Params:
-        """What is sent of `new` to where `old` is known."""
-        return coding.encode(name, new.detach(), old, turn)
+        """What is sent of `new` to where `old` is known, on the host."""
+        return coding.encode(name, new.detach().to(HOST), old.to(HOST), turn)
 
     def direction(self, p: Tensor, draw: Draw) -> Tensor:
         """Standard normal numbers of the shape of p."""
         out = torch.empty(p.shape)
         draw().standard_normal(dtype=np.float32, out=out.numpy())
-        return out
+        return out.to(p.device)
 
     @torch.no_grad()
     def shift(self, p: Tensor, draw: Draw, factor: float) -> None:
@@ -254,7 +263,7 @@ class Ops:
         for rows in self.slices(p.numel(), len(space)):
             part = space[: rows.stop - rows.start]
             rng.standard_normal(dtype=np.float32, out=part.numpy())
-            flat[rows].add_(part, alpha=factor)
+            flat[rows].add_(part.to(p.device), alpha=factor)
 
     def steer(self, p: Tensor, terms: Sequence[tuple[Draw, float]]) -> None:
         """Let the gradient of p be the sum of factor * direction over (draw, factor)."""
@@ -294,11 +303,11 @@ class Ops:
         found = torch.zeros(vocabulary, dtype=torch.bool)
         for rows in self.slices(len(shard), _LABEL_ROWS):
             found[torch.from_numpy(np.unique(shard.batch(np.arange(rows.start, rows.stop))[1]))] = True
-        return found
+        return found.to(self.device)
 
     def tensor(self, array: np.ndarray) -> Tensor:
-        """The tensor in a numpy array's memory."""
-        return torch.from_numpy(array)
+        """A numpy array as a tensor: in its memory on the host, a copy elsewhere."""
+        return torch.from_numpy(array).to(self.device)
 
     def empty_like(self, x: Tensor) -> Tensor:
         """A tensor to be filled."""
@@ -306,11 +315,7 @@ class Ops:
 
     def rows(self, arrays: Mapping[str, Tensor], name: str, indices: np.ndarray) -> Tensor:
         """Some rows of a tensor, of which the others need not be in memory."""
-        return (
-            arrays.rows(name, indices.tolist())
-            if isinstance(arrays, Flash)
-            else arrays[name][torch.from_numpy(indices)]
-        )
+        return arrays.rows(name, indices.tolist()) if isinstance(arrays, Flash) else arrays[name][self.tensor(indices)]
 
     def hold(self, arrays: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
         """A frozen tensor in memory, in fewer bits where asked; see `lamina.packed`."""
@@ -319,14 +324,14 @@ class Ops:
         shape = tuple(arrays.shape(name) if isinstance(arrays, Flash) else arrays[name].shape)
         if not packable(shape, bits):
             return arrays[name]
-        return cast(Tensor, pack(shape, bits, lambda rows: self.rows(arrays, name, np.array(rows))))
+        return cast(Tensor, pack(shape, bits, lambda rows: self.rows(arrays, name, np.array(rows)), self.device))
 
     def cache(self, rows: int, shape: tuple[int, ...], place: str, bits: int) -> Kept | Pages:
         """Room for so many rows of `shape` in "ram" or on "disk", in 32 or 16 bits."""
         dtype = torch.float32 if bits == 32 else torch.float16
         if place == "ram":
-            return Kept(rows, shape, dtype)
-        return Pages(tempfile.TemporaryFile(), shape, dtype)
+            return Kept(rows, shape, dtype, self.device)
+        return Pages(tempfile.TemporaryFile(), shape, dtype, self.device)
 
     def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> torch.optim.Optimizer:
         """An optimizer over some of the trained tensors."""
@@ -351,10 +356,12 @@ def chunk_tokens(tokens: int, vocabulary: int) -> int:
     return min(tokens, max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocabulary))
 
 
-def pool_weights(kind: Pool, start: int, lengths_B: Tensor | None, batch: int, tokens: int) -> Tensor:
+def pool_weights(
+    kind: Pool, start: int, lengths_B: Tensor | None, batch: int, tokens: int, device: torch.device
+) -> Tensor:
     """How much of each row of a sequence goes into each part of what its head sees, [B, k, S]."""
-    places = torch.arange(tokens)
-    ends_B = torch.full((batch,), tokens) if lengths_B is None else lengths_B.cpu()
+    places = torch.arange(tokens, device=device)
+    ends_B = torch.full((batch,), tokens, device=device) if lengths_B is None else lengths_B
     first_BS = (places == 0).float().expand(batch, tokens)
     if kind == "first":
         return first_BS[:, None].contiguous()

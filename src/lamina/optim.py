@@ -104,11 +104,11 @@ class AdamW8(_TensorByTensor):
         if not state:
             groups = -(-p.numel() // _GROUP)
             if coded:
-                state["m"] = torch.zeros(groups, _GROUP, dtype=torch.int8)
-                state["v"] = torch.zeros(groups, _GROUP, dtype=torch.uint8)
-                state["m_scale"], state["v_scale"] = torch.zeros(groups, 1), torch.zeros(groups, 1)
+                state["m"] = torch.zeros(groups, _GROUP, dtype=torch.int8, device=p.device)
+                state["v"] = torch.zeros(groups, _GROUP, dtype=torch.uint8, device=p.device)
+                state["m_scale"], state["v_scale"] = gradient.new_zeros(groups, 1), gradient.new_zeros(groups, 1)
             else:
-                state["m"], state["v"] = torch.zeros(p.numel()), torch.zeros(p.numel())
+                state["m"], state["v"] = gradient.new_zeros(p.numel()), gradient.new_zeros(p.numel())
         flat, gradient = p.view(-1), gradient.reshape(-1)
         if not coded:
             self._move(flat, gradient, state["m"], state["v"], lr)
@@ -162,7 +162,7 @@ class Adafactor(_TensorByTensor):
         if gradient.dim() > 1:
             matrix = gradient.reshape(-1, gradient.shape[-1])
             if not state:
-                state["row"], state["column"] = torch.zeros(len(matrix)), torch.zeros(matrix.shape[1])
+                state["row"], state["column"] = matrix.new_zeros(len(matrix)), matrix.new_zeros(matrix.shape[1])
             for key, dim in (("row", 1), ("column", 0)):
                 mean = torch.linalg.vector_norm(matrix, dim=dim).square_().div_(matrix.shape[dim]).add_(1e-30)
                 state[key].lerp_(mean, fresh)

@@ -71,10 +71,10 @@ def packable(shape: Sequence[int], bits: int) -> bool:
     return bits < 32 and len(shape) > 1 and math.prod(shape) >= SMALLEST
 
 
-def pack(shape: Sequence[int], bits: int, read: Callable[[range], Tensor]) -> Packed:
+def pack(shape: Sequence[int], bits: int, read: Callable[[range], Tensor], device: torch.device) -> Packed:
     """A frozen tensor in `bits` bits, which `read` gives a few rows at a time, so that it is never whole in fp32."""
-    data = torch.empty(shape, dtype=torch.float16 if bits == 16 else torch.int8)
-    scale = torch.empty(*shape[:-1], 1) if bits == 8 else None
+    data = torch.empty(shape, dtype=torch.float16 if bits == 16 else torch.int8, device=device)
+    scale = torch.empty(*shape[:-1], 1, device=device) if bits == 8 else None
     for start in range(0, shape[0], SLAB_ROWS):
         rows = range(start, min(start + SLAB_ROWS, shape[0]))
         x = read(rows)

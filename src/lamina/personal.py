@@ -12,6 +12,7 @@ from lamina.engines.local import in_threads
 from lamina.job import Job, Local, Turn
 from lamina.layout import Params
 from lamina.metrics import Score, evaluate
+from lamina.ops import Ops
 from lamina.plan import Plan
 from lamina.spec import Spec
 
@@ -24,6 +25,7 @@ def personalise(
     local: Local,
     turn: Turn,
     workers: int,
+    ops: Ops,
     progress: Callable[[int, int], None],
 ) -> Score:
     """Accuracy of devices with networks of their own. All tensors train; no budget is looked at.
@@ -36,17 +38,18 @@ def personalise(
         local: How to finetune.
         turn: After the last round.
         workers: Devices computed at a time.
+        ops: What computes, and where.
         progress: Told the number of devices that are done, and of all.
     """
-    names = frozenset(params)
+    names, params = frozenset(params), {name: p.to(ops.device) for name, p in params.items()}
     plan = Plan(names, names, label="everything")
 
     correct, total = np.zeros((2, len(task.test)), np.int64)
 
     def score(job: Job) -> Score:
         device = job.turn.device
-        own = client.train(job.owned(), task.train[device], spec).arrays
-        return evaluate(spec, own, [task.test[device]], task.scored)
+        own = client.train(job.owned(), task.train[device], spec, ops).arrays
+        return evaluate(spec, own, [task.test[device]], task.scored, ops=ops)
 
     turns = (Turn(turn.seed, turn.round, turn.rounds, int(device)) for device in devices)
     scores = in_threads(workers, score, (Job(each, plan, local, params) for each in turns))

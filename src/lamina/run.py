@@ -45,7 +45,9 @@ from lamina.job import Turn
 from lamina.layout import Params
 from lamina.limits import demand_limits
 from lamina.metrics import Score, evaluate
+from lamina.ops import HOST, Ops
 from lamina.personal import personalise
+from lamina.placement import card, place
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
 from lamina.state import Copies, State
@@ -104,8 +106,13 @@ class Run:
 
     @property
     def workers(self) -> int:
-        """Simulated devices computed at a time."""
-        return self.experiment.workers or usable_cores()
+        """Simulated devices computed at a time: on a card one, or one stack."""
+        return (self.experiment.workers or usable_cores()) if self.device == HOST else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where simulated devices train and accuracy is measured."""
+        return place(self.experiment.device)
 
     def score(self) -> Score:
         """Accuracy of the global network now, on the test examples of `tested`."""
@@ -169,7 +176,8 @@ class Run:
         if local is None:
             return None
         turn = Turn(self.experiment.seed, self.experiment.rounds, self.experiment.rounds)
-        return personalise(*self.deployed(), self.task, self.tested, local, turn, self.workers, on_progress)
+        where = self.workers, Ops(self.device)
+        return personalise(*self.deployed(), self.task, self.tested, local, turn, *where, on_progress)
 
     def _evaluate_if_due(self) -> Score | None:
         done, every = self.state.round, self.experiment.eval_every
@@ -284,7 +292,7 @@ def start(experiment: Experiment, root: Path, name: str = "") -> Run:
     run = _prepare(experiment)
     run.folder = _new_folder(experiment, root, name)
     files.write(run.folder / "config.toml", config.dump(_anchored(experiment).to_table()))
-    files.write_json(run.folder / "env.json", environment())
+    files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
     return run
 
 
@@ -357,7 +365,7 @@ def environment() -> dict[str, Any]:
 
 
 def _anchored(experiment: Experiment) -> Experiment:
-    """The same with absolute paths, so that the run can go on from anywhere."""
+    """The same with absolute paths and the device that was found, so that the run can go on from anywhere."""
     embedded = networks.embedded()
     names = (name if name in embedded else str(Path(name).absolute()) for name in experiment.networks)
     task: Any = experiment.task
@@ -367,13 +375,15 @@ def _anchored(experiment: Experiment) -> Experiment:
     clock = experiment.clock
     if clock.availability not in MODELS:
         clock = replace(clock, availability=str(Path(clock.availability).absolute()))
-    return replace(experiment, networks=tuple(names), task=task, clock=clock)
+    device = str(place(experiment.device))
+    return replace(experiment, networks=tuple(names), task=task, clock=clock, device=device)
 
 
 def _prepare(experiment: Experiment) -> Run:
     if experiment.enforce:
         demand_limits()
     track.demand(experiment.track)
+    place(experiment.device)
     task = load_task(experiment)
     outlook = look_ahead(experiment, task)
     return Run(Path(), experiment, outlook, task, first_state(experiment, outlook, task))

@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from lamina import products
 from lamina.kernels import Mix
-from lamina.ops import Ops
+from lamina.ops import HOST, Ops
 from lamina.packed import Packed
 from lamina.spec import Act
 
@@ -66,11 +66,15 @@ class Stack:
 class Stacked(Ops):
     """The kernels, on plain tensors and stacks alike."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device = HOST) -> None:
         """Multiply matrices in `dtype`; the residual stream, norms, losses and what trains are fp32."""
-        self._dtype, self._seen = dtype, (torch.empty(0), torch.empty(0))
-        self.devices = 1
-        """Whose sequences make up a batch."""
+        super().__init__(device)
+        self._dtype = dtype
+        self.aim(1)
+
+    def aim(self, devices: int) -> None:
+        """From here on, the sequences of so many devices make up a batch; what was seen before, and its graph, goes."""
+        self.devices, self._seen = devices, (torch.empty(0), torch.empty(0))
 
     def embed(
         self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0
@@ -144,7 +148,7 @@ class Stacked(Ops):
 
     def act(self, x: Tensor, kind: Act) -> Tensor:
         """An activation; GELU by tanh in half the time of torch's kernel."""
-        if kind == "gelu_tanh" and x.dtype == torch.float32 and not x.is_cuda:
+        if kind == "gelu_tanh" and x.dtype == torch.float32:
             return cast(Tensor, _Gelu.apply(x))  # type: ignore[no-untyped-call]
         return super().act(x, kind)
 

@@ -141,7 +141,7 @@ def sparse(
     rows, columns = weight.shape
     out: Tensor | None = None
     if ds is not None:
-        moved = torch.zeros(rows, columns, dtype=x.dtype)
+        moved = x.new_zeros(rows, columns)
         moved.view(-1).index_add_(0, indices, ds)
         out = F.linear(x, moved, db)
         del moved
@@ -166,7 +166,7 @@ def attention(
     tokens, width = out_BSE.shape[1:]
     dim = width // heads
     shared = width // values[1].shape[2]
-    future = torch.ones(tokens, tokens, dtype=torch.bool).triu_(1) if causal else None
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=out_BSE.device).triu_(1) if causal else None
     for head in range(heads):
         parts = [slice(each * dim, (each + 1) * dim) for each in (head, head // shared, head // shared)]
         q, k, v = (each[..., part] for each, part in zip(values, parts, strict=True))

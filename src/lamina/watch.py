@@ -159,6 +159,7 @@ class _SeenOps(Ops):
     """The kernels, and what they do told to the watch where it cannot see it."""
 
     def __init__(self, watched: Watch) -> None:
+        super().__init__()
         self._watched = watched
 
     def moment(self, name: str) -> None:

@@ -24,6 +24,7 @@ from lamina.bench.runners.rounds import WEIGHTS
 from lamina.bench.systems import OURS, PEERS, SYSTEMS
 from lamina.bench.workloads import WORKLOADS, prepare
 from lamina.errors import UserError, nearest
+from lamina.placement import card, check, place
 from lamina.run import environment
 
 SCHEMA, RECORD_SCHEMA = "lamina.bench/1", "lamina.bench-record/1"
@@ -47,6 +48,7 @@ class Contest:
             devices have been seen. The others keep nothing.
         repeats: Turns of each system.
         workers: Devices computed at a time, by those that can.
+        device: Where they compute; see `lamina.placement.place`.
         tolerance: See `TOLERANCE`.
     """
 
@@ -58,6 +60,7 @@ class Contest:
     settle: int = 0
     repeats: int = 3
     workers: int = 1
+    device: str = "cpu"
     tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
@@ -76,13 +79,21 @@ class Contest:
                 raise UserError(f"--{key} must be at least 1, got {getattr(self, key)}")
         if self.settle < 0:
             raise UserError(f"--settle must not be negative, got {self.settle}")
+        try:
+            check(self.device)
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
+        able = [name for name in PEERS if SYSTEMS[name].cards]
+        if self.device != "cpu" and (idle := sorted({*self.against} - {*able})):
+            raise UserError(f"--against: {idle[0]} plays on the cpu alone; with --device, take {' or '.join(able)}")
         if not self.tolerance > 0:
             raise UserError(f"--tolerance must be above 0, got {self.tolerance}")
 
     @property
     def names(self) -> tuple[str, ...]:
         """The systems, ours first."""
-        return (OURS, *dict.fromkeys(self.against or WORKLOADS[self.workload].against))
+        chosen = self.against or WORKLOADS[self.workload].against
+        return (OURS, *dict.fromkeys(name for name in chosen if self.device == "cpu" or SYSTEMS[name].cards))
 
     def before(self, name: str) -> int:
         """Rounds of a turn of a system before the timed ones."""
@@ -102,6 +113,7 @@ class Contest:
         """What tells its result from others in a record."""
         more = [f"workers={self.workers}"] if self.workers > 1 else []
         more += [f"settle={self.settle}"] if self.settle else []
+        more += [f"device={self.device}"] if self.device != "cpu" else []
         return ", ".join([self.workload, *more, *self.overrides])
 
 
@@ -150,13 +162,14 @@ def hold(contest: Contest, tell: Teller) -> dict[str, Any]:
         UserError: A setting is not accepted, this is not Linux, or lamina itself failed.
     """
     demand_linux()
+    device = place(contest.device)
     load = os.getloadavg()[0]
     with TemporaryDirectory(prefix="lamina-bench-") as folder:
         folders = {rounds: Path(folder) / str(rounds) for rounds in map(contest.turn_rounds, contest.names)}
-        for rounds, place in folders.items():  # the first rounds are the same in all
-            place.mkdir()
-            work = WORKLOADS[contest.workload], contest.workload, place
-            prepare(*work, rounds, contest.workers, contest.overrides)
+        for rounds, path in folders.items():  # the first rounds are the same in all
+            path.mkdir()
+            work = WORKLOADS[contest.workload], contest.workload, path
+            prepare(*work, rounds, contest.workers, contest.overrides, str(device))
         entries = [_entered(name, tell) for name in contest.names]
         for number in range(1, contest.repeats + 1):
             with TemporaryDirectory(prefix="lamina-bench-") as outs:
@@ -166,7 +179,7 @@ def hold(contest: Contest, tell: Teller) -> dict[str, Any]:
                         _take_turn(contest, entry, number, asked, Path(outs), tell)
                     else:
                         tell.advance(entry.name, contest.turn_rounds(entry.name))
-    return _result(contest, entries) | {"machine": machine() | {"load_before": round(load, 2)}}
+    return _result(contest, entries) | {"machine": machine() | {"card": card(device), "load_before": round(load, 2)}}
 
 
 def _entered(name: str, tell: Teller) -> _Entry:

@@ -29,19 +29,21 @@ class System:
         about: For people.
         packages: What its environment holds beside torch; none: it runs where lamina does.
         parallel: Whether it can compute several devices at a time.
+        cards: Whether it can compute on a CUDA card, which is asked for by name.
     """
 
     runner: str
     about: str
     packages: tuple[str, ...] = ()
     parallel: bool = False
+    cards: bool = False
 
 
 OURS = "ours"
 SYSTEMS: dict[str, System] = {
-    OURS: System("ours", "lamina", parallel=True),
-    "loop": System("loop", "a plain loop around GPT-2 of transformers", (_TRANSFORMERS,)),
-    "loop-lean": System("lean", "the same loop around lamina's model, without its engine"),
+    OURS: System("ours", "lamina", parallel=True, cards=True),
+    "loop": System("loop", "a plain loop around GPT-2 of transformers", (_TRANSFORMERS,), cards=True),
+    "loop-lean": System("lean", "the same loop around lamina's model, without its engine", cards=True),
     "pfl": System("pfl", "pfl-research", (_TRANSFORMERS, "pfl[pytorch]==0.6.0")),
     "flower": System("flower", "Flower's simulation with Ray", (_TRANSFORMERS, "flwr[simulation]==1.41.0"), True),
 }

@@ -49,7 +49,7 @@ class Workload:
     local: Mapping[str, Any]
     against: tuple[str, ...] = ("loop", "pfl", "flower")
 
-    def table(self, name: str, rounds: int, workers: int, network: Path) -> dict[str, Any]:
+    def table(self, name: str, rounds: int, workers: int, network: Path, device: str = "cpu") -> dict[str, Any]:
         """The experiment, as in a TOML file.
 
         A class is made to train so many blocks, and not more, by an uplink that just takes them.
@@ -59,6 +59,7 @@ class Workload:
             rounds: Number of rounds.
             workers: Devices computed at a time.
             network: Folder of the network.
+            device: Where they are computed.
         """
         layout = model.layout(self.spec)
         fleet: list[dict[str, Any]] = []
@@ -70,6 +71,7 @@ class Workload:
             "rounds": rounds,
             "cohort": self.cohort,
             "workers": workers,
+            "device": device,
             "eval_devices": 1,
             "networks": [str(network)],
             "task": {"name": "noise", "devices": self.devices, "examples": self.examples, "window": WINDOW},
@@ -122,7 +124,13 @@ WORKLOADS: dict[str, Workload] = {
 
 
 def prepare(
-    workload: Workload, name: str, folder: Path, rounds: int, workers: int, overrides: Sequence[str]
+    workload: Workload,
+    name: str,
+    folder: Path,
+    rounds: int,
+    workers: int,
+    overrides: Sequence[str],
+    device: str = "cpu",
 ) -> Request:
     """What all systems are asked to do, in a folder: the network, the experiment, and the devices of every round.
 
@@ -133,6 +141,7 @@ def prepare(
         rounds: Number of rounds.
         workers: Devices computed at a time.
         overrides: Settings as `--set` takes them, for the experiment.
+        device: Where devices are computed.
 
     Raises:
         UserError: A setting is not accepted, or devices would take steps of different sizes.
@@ -140,10 +149,12 @@ def prepare(
     network, path = folder / NETWORK, folder / EXPERIMENT
     params = model.init(workload.spec, torch.Generator().manual_seed(0))
     checkpoint.write(network, workload.spec, params, torch.float32, _CAREFUL)
-    files.write(path, config.dump(workload.table(f"bench-{name}", rounds, workers, network)))
+    files.write(path, config.dump(workload.table(f"bench-{name}", rounds, workers, network, device)))
     experiment = config.load_experiment(path, overrides)
-    if (experiment.rounds, experiment.workers) != (rounds, workers):
-        raise UserError("--set cannot change rounds and workers here: take --rounds, --warmup and --workers")
+    if (experiment.rounds, experiment.workers, experiment.device) != (rounds, workers, device):
+        raise UserError(
+            "--set cannot change rounds, workers and device here: take --rounds, --warmup, --workers and --device"
+        )
     files.write(path, config.dump(experiment.to_table()))
     request = _drawn(experiment, folder, workers)
     requests.write(request)
@@ -171,6 +182,7 @@ def _drawn(experiment: Experiment, folder: Path, workers: int) -> Request:
         folder=folder,
         devices=len(task.train),
         workers=workers,
+        device=experiment.device,
         lr=local.lr,
         weight_decay=local.weight_decay,
         ids=np.array(ids),

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 from lamina import client
 from lamina.data.task import Shard
 from lamina.job import Job, Update
+from lamina.ops import HOST, Ops
+from lamina.placement import Placement
 from lamina.spec import Spec
 
 J = TypeVar("J")
@@ -37,13 +41,16 @@ def in_threads(workers: int, train: Callable[[J], T], jobs: Iterable[J]) -> Iter
 class LocalEngine:
     """Runs `client.train` in `workers` threads. Each device is computed alone, so their number changes no result."""
 
-    def __init__(self, spec: Spec, shards: Sequence[Shard], workers: int) -> None:
-        """Serve the given shards, indexed by device, on a network."""
+    def __init__(self, spec: Spec, shards: Sequence[Shard], workers: int, device: torch.device = HOST) -> None:
+        """Serve the given shards, indexed by device, on a network; all is computed on `device`."""
         self._spec, self._shards, self._workers = spec, shards, workers
+        self._ops, self._placement = Ops(device), Placement(device)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update]:
         """Updates in the order of the jobs."""
         return in_threads(self._workers, self._train, jobs)
 
     def _train(self, job: Job) -> Update:
-        return client.train(job.owned(), self._shards[job.turn.device], self._spec)
+        placed = self._placement.job(job).owned()
+        update = client.train(placed, self._shards[job.turn.device], self._spec, self._ops)
+        return self._placement.updates([update])[0]

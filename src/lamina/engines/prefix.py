@@ -20,12 +20,14 @@ from lamina.data.task import Shard
 from lamina.job import Job
 from lamina.layout import Params
 from lamina.model import Batch
-from lamina.ops import Ops
+from lamina.ops import HOST, Ops
 from lamina.shapes import FLOAT_BYTES
 from lamina.spec import Spec
 
 _TOKENS = 2048
 """That run through the prefix at a time."""
+_CARD_TOKENS = 2**15
+"""The same on a card."""
 _WORTH = 0.5
 """All examples of a device run if it uses this share of them, and are kept if it is to come back so many times."""
 
@@ -48,26 +50,27 @@ class _InMemory:
         self.rows[first : first + len(x)] = x
 
     def read(self, places: np.ndarray) -> Tensor:
-        return self.rows.index_select(0, torch.from_numpy(places))
+        return self.rows.index_select(0, torch.from_numpy(places).to(self.rows.device))
 
 
 @dataclass(frozen=True)
 class _InFile:
-    """From `start` on in a file that others use as well."""
+    """From `start` on in a file that others use as well, for use on `device`."""
 
     file: int
     start: int
     count: int
     shape: tuple[int, ...]
+    device: torch.device
 
     def write(self, first: int, x: Tensor) -> None:
-        os.pwrite(self.file, x.contiguous().numpy().data.cast("B"), self._at(first))
+        os.pwrite(self.file, x.contiguous().cpu().numpy().data.cast("B"), self._at(first))
 
     def read(self, places: np.ndarray) -> Tensor:
         out = torch.empty(len(places), *self.shape)
         for row, place in zip(out, places.tolist(), strict=True):
             os.preadv(self.file, [row.numpy().data.cast("B")], self._at(place))
-        return out
+        return out.to(self.device)
 
     def _at(self, place: int) -> int:
         return self.start + FLOAT_BYTES * math.prod(self.shape) * place
@@ -121,7 +124,7 @@ class Prefixes:
     """
 
     def __init__(self, ram_bytes: int, disk_bytes: int) -> None:
-        """Keep so much in memory, then so much in a temporary file."""
+        """Keep so much where devices compute, then so much in a temporary file."""
         self._left, self._disk_bytes, self._end = ram_bytes, disk_bytes, 0
         self._entries: dict[int, _Entry] = {}
         self._free: list[_InFile] = []
@@ -169,7 +172,7 @@ class Prefixes:
             place_of = np.full(len(shard), -1)
             place_of[rows] = np.arange(len(rows))
         if not job.plan.below(layout):
-            return Feed(_InMemory(torch.from_numpy(inputs)), targets, lengths, place_of)
+            return Feed(_InMemory(ops.tensor(inputs)), targets, lengths, place_of)
         lasting = whole and now is shard
         out = self._outputs(job, spec, inputs, lengths, lasting, ops)
         return Feed(out, targets, lengths, place_of)
@@ -203,23 +206,24 @@ class Prefixes:
         tokens = spec.length(inputs.shape[1])
         shape = (tokens, params["embed.positions" if spec.patch else "embed.tokens"].shape[1])
         keeps = lasting and known is None and self._returns >= _WORTH
-        kept = self._room(count, shape) if keeps else None
-        out = kept if kept and stop == first else _InMemory(torch.empty(count, *shape))
+        kept = self._room(count, shape, ops.device) if keeps else None
+        out = kept if kept and stop == first else _InMemory(torch.empty(count, *shape, device=ops.device))
 
         def rounded(x_BSD: Tensor) -> Tensor:
             return x_BSD.half().float() if half else x_BSD
 
         def embedded(inputs: np.ndarray) -> Tensor:
-            given = torch.from_numpy(inputs if spec.patch else np.maximum(inputs, 0))
-            return rounded(model.embed(spec, params, given, ops))
+            given = inputs if spec.patch else np.maximum(inputs, 0)
+            return rounded(model.embed(spec, params, ops.tensor(given), ops))
 
         def run(x_BSD: Tensor, block: int, hides: Tensor | None) -> Tensor:
             x_BSD = model.forked(spec, x_BSD, block, ops)
             return rounded(model.run_blocks(spec, params, x_BSD, [block], ops, hides))
 
-        for rows in ops.slices(count, max(1, _TOKENS // tokens)):
+        most = _TOKENS if ops.device == HOST else _CARD_TOKENS
+        for rows in ops.slices(count, max(1, most // tokens)):
             x_BSD = known.rows.read(np.arange(rows.start, rows.stop)) if known else embedded(inputs[rows])
-            hides = Batch(x_BSD, _tensor(lengths, rows)).hides(spec, tokens, ops)
+            hides = Batch(x_BSD, None if lengths is None else ops.tensor(lengths[rows])).hides(spec, tokens, ops)
             for block in (block for block in runs if block < stop):
                 x_BSD = run(x_BSD, block, hides)
             if kept:
@@ -250,25 +254,21 @@ class Prefixes:
                 self._left += FLOAT_BYTES * entry.rows.rows.numel()
             return None
 
-    def _room(self, count: int, shape: tuple[int, ...]) -> _InMemory | _InFile | None:
+    def _room(self, count: int, shape: tuple[int, ...], device: torch.device) -> _InMemory | _InFile | None:
         """Room for so many rows, if there is any left."""
         needed = FLOAT_BYTES * count * math.prod(shape)
         with self._lock:
             if needed <= self._left:
                 self._left -= needed
-                return _InMemory(torch.empty(count, *shape))
+                return _InMemory(torch.empty(count, *shape, device=device))
             for free in self._free:
                 if (free.count, free.shape) == (count, shape):
                     self._free.remove(free)
                     return free
             if self._file and self._end + needed <= self._disk_bytes:
                 self._end += needed
-                return _InFile(self._file.fileno(), self._end - needed, count, shape)
+                return _InFile(self._file.fileno(), self._end - needed, count, shape, device)
         return None
-
-
-def _tensor(lengths: np.ndarray | None, rows: slice) -> Tensor | None:
-    return None if lengths is None else torch.from_numpy(lengths[rows])
 
 
 def _reaches(block: int | None, stop: int) -> bool:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina import client, model
+from lamina.batched import stacked
 from lamina.data.task import Shard
 from lamina.engines.local import in_threads
 from lamina.engines.prefix import Feed, Prefixes
@@ -20,10 +21,11 @@ from lamina.layout import Params
 from lamina.levers import Levers
 from lamina.methods.base import Method
 from lamina.model import Batch
-from lamina.ops import TORCH
+from lamina.ops import HOST, Ops
 from lamina.optim import Kind
 from lamina.packed import Packed
 from lamina.passes import Passes
+from lamina.placement import Placement
 from lamina.shapes import FLOAT_BYTES
 from lamina.spec import Spec
 from lamina.stack import HIDDEN, Stack, Stacked
@@ -32,8 +34,10 @@ _ELEMENTWISE = ("sgd", "momentum", "adamw")
 """Optimizers that move each number by itself, so that a stack of devices is one to them."""
 _ACTIVATION_BYTES = 2**21
 """Of the widest activation of all devices of a stack: as much as stays near a processor."""
+_CARD_BYTES = 2**28
+"""The same on a card, logits included: all activations together are some tens of times as much."""
 _PARTS = 8
-"""A cohort is cut into at least so many stacks, if it has as many devices, so that workers share it evenly."""
+"""On the host, a cohort is cut into at least so many stacks, if there are as many devices, so that workers share it."""
 
 
 class StackedEngine:
@@ -45,17 +49,24 @@ class StackedEngine:
     """
 
     def __init__(
-        self, spec: Spec, shards: Sequence[Shard], workers: int, prefixes: Prefixes, dtype: torch.dtype = torch.float32
+        self,
+        spec: Spec,
+        shards: Sequence[Shard],
+        workers: int,
+        prefixes: Prefixes,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = HOST,
     ) -> None:
-        """Serve the given shards, indexed by device, on a network; matrices are multiplied in `dtype`."""
+        """Serve the given shards, indexed by device, on a network; matrices are multiplied in `dtype` on `device`."""
         self._spec, self._shards, self._workers, self._dtype = spec, shards, workers, dtype
-        self._prefixes = prefixes
+        self._prefixes, self._placement = prefixes, Placement(device)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update]:
         """Updates, stack by stack."""
         jobs = list(jobs)
         self._prefixes.expect(jobs, self._spec, len(self._shards))
-        for updates in in_threads(self._workers, self._train, stacks(jobs, self._spec, self._shards)):
+        found = stacks(jobs, self._spec, self._shards, self._placement.device)
+        for updates in in_threads(self._workers, self._train, found):
             yield from updates
 
     def reused(self) -> float | None:
@@ -63,10 +74,14 @@ class StackedEngine:
         return self._prefixes.reused()
 
     def _train(self, jobs: Sequence[Job]) -> list[Update]:
-        if not stackable(jobs[0]):
-            return [client.train(job.owned(), self._shards[job.turn.device], self._spec) for job in jobs]
+        jobs, device = [self._placement.job(job) for job in jobs], self._placement.device
         shards = [self._shards[job.turn.device] for job in jobs]
-        return train_stack(jobs, shards, self._spec, self._prefixes, self._dtype)
+        if stackable(jobs[0]):
+            updates = train_stack(jobs, shards, self._spec, self._prefixes, self._dtype, device)
+        else:
+            pairs = zip(jobs, shards, strict=True)
+            updates = [client.train(job.owned(), shard, self._spec, Ops(device)) for job, shard in pairs]
+        return self._placement.updates(updates)
 
 
 def stackable(job: Job) -> bool:
@@ -74,7 +89,7 @@ def stackable(job: Job) -> bool:
     return job.plan.gradient == "backward" and kind_of(job) in _ELEMENTWISE and not job.method.objective(job).widths
 
 
-def stacks(jobs: Sequence[Job], spec: Spec, shards: Sequence[Shard]) -> list[list[Job]]:
+def stacks(jobs: Sequence[Job], spec: Spec, shards: Sequence[Shard], device: torch.device = HOST) -> list[list[Job]]:
     """Jobs whose networks are of equal shape and train alike, a few at a time, in the order of their first devices."""
     alike: dict[Any, list[Job]] = {}
     for job in jobs:
@@ -85,18 +100,20 @@ def stacks(jobs: Sequence[Job], spec: Spec, shards: Sequence[Shard]) -> list[lis
         alike.setdefault(key, []).append(job)
     found: list[list[Job]] = []
     for group in alike.values():
-        size = _size(group[0], spec, shards, len(jobs)) if stackable(group[0]) else 1
+        size = _size(group[0], spec, shards, len(jobs), device) if stackable(group[0]) else 1
         found += [group[i : i + size] for i in range(0, len(group), size)]
     return sorted(found, key=lambda stack: stack[0].turn.device)
 
 
-def _size(job: Job, spec: Spec, shards: Sequence[Shard], cohort: int) -> int:
+def _size(job: Job, spec: Spec, shards: Sequence[Shard], cohort: int, device: torch.device) -> int:
     """Devices of a stack."""
     shard, spec = shards[job.turn.device], job.plan.runs(spec)
     inputs, _ = shard.batch(np.arange(min(len(shard), job.local.batch_size)))
     tokens = len(inputs) * spec.length(inputs.shape[1])
-    fits = _ACTIVATION_BYTES // (FLOAT_BYTES * tokens * max(spec.ffn, spec.embed))
-    return max(1, min(fits, -(-cohort // _PARTS)))
+    most, parts = (_ACTIVATION_BYTES, _PARTS) if device == HOST else (_CARD_BYTES, 1)
+    width = max(spec.ffn, spec.embed, 0 if device == HOST else spec.outputs)
+    fits = most // (FLOAT_BYTES * tokens * width)
+    return max(1, min(fits, -(-cohort // parts)))
 
 
 def kind_of(job: Job) -> Kind:
@@ -128,7 +145,12 @@ class _Device:
 
 
 def train_stack(
-    jobs: Sequence[Job], shards: Sequence[Shard], spec: Spec, prefixes: Prefixes, dtype: torch.dtype = torch.float32
+    jobs: Sequence[Job],
+    shards: Sequence[Shard],
+    spec: Spec,
+    prefixes: Prefixes,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = HOST,
 ) -> list[Update]:
     """One round of devices that train alike; see `client.train`, which does the same for one.
 
@@ -141,38 +163,39 @@ def train_stack(
         spec: The network.
         prefixes: What is known of frozen prefixes.
         dtype: In which matrices are multiplied.
+        device: Where; the tensors of the jobs are there.
     """
     spec = jobs[0].plan.runs(spec)
     all_batches = [job.local.batches(job.turn, len(shard)) for job, shard in zip(jobs, shards, strict=True)]
     order = sorted(range(len(jobs)), key=lambda i: -len(all_batches[i]))
     jobs, shards, all_batches = [jobs[i] for i in order], [shards[i] for i in order], [all_batches[i] for i in order]
     whole = {name: torch.stack([job.arrays[name] for job in jobs]) for name in jobs[0].plan.trains}
-    ops, devices = Stacked(dtype), []
-    frozen = _frozen(jobs, spec)
+    ops, devices = stacked(dtype, device), []
+    frozen = _frozen(jobs, spec, ops)
     for place, (job, shard, batches) in enumerate(zip(jobs, shards, all_batches, strict=True)):
         feed = prefixes.feed(job, shard, spec, np.unique(np.concatenate(batches)), ops)
         own = {name: p.value[place] if isinstance(p, Stack) else p for name, p in frozen.items()}
         own |= {name: p[place] for name, p in whole.items()}
-        aside = job.method.remember(job, own, TORCH)
+        aside = job.method.remember(job, own, ops)
         if job.method.objective(job).own_labels:
-            aside["labels"] = TORCH.labels(shard.at(job.turn), spec.outputs)
+            aside["labels"] = ops.labels(shard.at(job.turn), spec.outputs)
         devices.append(_Device(job, [feed.places(rows) for rows in batches], feed, len(shard), own, aside))
     steps = _Steps(spec, devices, whole, frozen, ops)
     for number in range(len(all_batches[0])):
         steps.step(number)
-    return [_finished(device) for device in sorted(devices, key=lambda device: device.job.turn.device)]
+    return [_finished(each, ops) for each in sorted(devices, key=lambda each: each.job.turn.device)]
 
 
-def _frozen(jobs: Sequence[Job], spec: Spec) -> Params:
+def _frozen(jobs: Sequence[Job], spec: Spec, ops: Ops) -> Params:
     """What does not train and is not of the prefix: plain where all have the same, stacked where not."""
     layout, plan = model.layout(spec), jobs[0].plan
     found: Params = {}
     for name in (name for name in layout.params if name in plan.holds - plan.trains - plan.below(layout)):
         bits = 32 if name.endswith("bias") else plan.levers.frozen_bits
         if all(job.arrays[name] is jobs[0].arrays[name] for job in jobs):
-            found[name] = TORCH.hold(jobs[0].arrays, name, bits)
+            found[name] = ops.hold(jobs[0].arrays, name, bits)
         else:
-            each = (TORCH.hold(job.arrays, name, bits) for job in jobs)
+            each = (ops.hold(job.arrays, name, bits) for job in jobs)
             found[name] = cast(Tensor, Stack(torch.stack([p.unpack() if isinstance(p, Packed) else p for p in each])))
     return found
 
@@ -189,13 +212,14 @@ class _Steps:
         single = len(devices) == 1
         self._leaves = {name: (p[0] if single else p).detach().requires_grad_() for name, p in whole.items()}
         lr = job.local.round_lr(job.turn)
-        self._optimizer = TORCH.optimizer(list(self._leaves.values()), job.local, kind_of(job), lr)
+        self._optimizer = ops.optimizer(list(self._leaves.values()), job.local, kind_of(job), lr)
         self._pulls = type(job.method).pull is not Method.pull
         self._aim(len(devices))
 
     def _aim(self, active: int) -> None:
         """Let only the first so many devices go on."""
-        self._ops.devices, single = active, len(self._devices) == 1
+        self._ops.aim(active)
+        single = len(self._devices) == 1
         params, aside = dict(self._frozen), {}
         for name, p in self._frozen.items():
             if isinstance(p, Stack):
@@ -241,8 +265,8 @@ class _Steps:
         if self._spec.ragged:
             found = np.concatenate([_lengths(device.feed)[each] for device, each in zip(devices, places, strict=True)])
             xs = [_as_long(x if self._cached else x.clamp(min=0), int(found.max())) for x in xs]
-            lengths = torch.from_numpy(found)
-        return Batch(torch.cat(xs), lengths), torch.from_numpy(np.concatenate(targets))
+            lengths = self._ops.tensor(found)
+        return Batch(torch.cat(xs), lengths), self._ops.tensor(np.concatenate(targets))
 
     def _pull(self, devices: Sequence[_Device]) -> None:
         """Add the penalties of each device."""
@@ -251,7 +275,7 @@ class _Steps:
             for name, view in views.items():
                 gradient = self._leaves[name].grad
                 view.grad = gradient if gradient is None or len(self._devices) == 1 else gradient[place]
-            device.job.method.pull(device.job, views, device.aside, TORCH)
+            device.job.method.pull(device.job, views, device.aside, self._ops)
 
     def _clip(self, limit: float) -> None:
         """Scale the gradient of each device to the norm that it may have, as `torch.nn.utils.clip_grad_norm_`."""
@@ -274,8 +298,8 @@ def _as_long(x: Tensor, tokens: int) -> Tensor:
     return x[:, :tokens] if missing <= 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
 
 
-def _finished(device: _Device) -> Update:
+def _finished(device: _Device, ops: Ops) -> Update:
     job = device.job
-    arrays, state = job.method.finish(job, device.params, device.aside, TORCH)
+    arrays, state = job.method.finish(job, device.params, device.aside, ops)
     steps = len(device.batches)
     return Update(job.turn, arrays, device.examples, steps, device.total / steps, state)

@@ -16,6 +16,7 @@ from lamina import checkpoint, files, model
 from lamina.errors import UserError
 from lamina.layout import Params
 from lamina.ops import TORCH
+from lamina.placement import place
 from lamina.pretrain.job import Material, Pretrain, Progress, logits
 from lamina.spec import Spec
 from lamina.turn import generator
@@ -31,7 +32,7 @@ def pretrain(job: Pretrain) -> Iterator[Progress]:
     Raises:
         UserError: The data are missing or too few, the device is not there, or a checkpoint is of another recipe.
     """
-    material = job.read(_device(job.device))
+    material = job.read(place(job.device))
     torch.set_num_threads(job.threads)
     for index, depth in enumerate(job.depths):
         folder = Path(job.out) / f"{job.name}-{depth}"
@@ -67,7 +68,7 @@ def _train_depth(
     job: Pretrain, index: int, folder: Path, material: Material, recipe: dict[str, object]
 ) -> Iterator[Progress]:
     depth, steps = job.depths[index], job.steps[index]
-    device, spec = _device(job.device), material.spec(depth)
+    device, spec = place(job.device), material.spec(depth)
     start = _start(job, index, folder, spec, material)
     params = {name: tensor.to(device).requires_grad_() for name, tensor in start.items()}
     optimizer = _optimizer(spec, params, job.weight_decay)
@@ -95,12 +96,6 @@ def _train_depth(
             yield point
             tick = time.perf_counter()
     _finish(folder, spec, params, material, curve, recipe)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError('device is "cuda", but torch sees no CUDA device; use "cpu" or "auto"')
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _start(job: Pretrain, index: int, folder: Path, spec: Spec, material: Material) -> Params:

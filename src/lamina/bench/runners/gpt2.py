@@ -16,9 +16,9 @@ from .rounds import WEIGHTS
 class Gpt2:
     """The network in a folder, as a `training.Network`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         """Load it."""
-        self.module: Any = GPT2LMHeadModel.from_pretrained(folder).train()
+        self.module: Any = GPT2LMHeadModel.from_pretrained(folder).train().to(device)
         self.tensors: Mapping[str, Tensor] = dict(self.module.named_parameters())
         self._blocks: int = self.module.config.n_layer
 
@@ -36,4 +36,4 @@ class Gpt2:
 
     def save(self, folder: Path) -> None:
         """Write the weights into a folder."""
-        save_file({name: tensor.detach() for name, tensor in self.tensors.items()}, folder / WEIGHTS)
+        save_file({name: tensor.detach().cpu() for name, tensor in self.tensors.items()}, folder / WEIGHTS)

@@ -18,10 +18,10 @@ from .rounds import Rounds
 class Lean:
     """The network in a folder, as a `training.Network`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         """Load it."""
-        self.tensors: Mapping[str, Tensor]
-        self._spec, self.tensors = checkpoint.load(folder)
+        self._spec, tensors = checkpoint.load(folder)
+        self.tensors: Mapping[str, Tensor] = {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def trained(self, blocks: int) -> frozenset[str]:
         """Names of the tensors of the last blocks, the final norm and the head; with all blocks, all there are."""
@@ -33,9 +33,9 @@ class Lean:
 
     def save(self, folder: Path) -> None:
         """Write the weights into a folder."""
-        checkpoint.write(folder, self._spec, {n: t.detach() for n, t in self.tensors.items()}, torch.float32, {})
+        checkpoint.write(folder, self._spec, {n: t.detach().cpu() for n, t in self.tensors.items()}, torch.float32, {})
 
 
 def play(request: Request, rounds: Rounds) -> None:
     """All rounds."""
-    training.play(request, rounds, Lean(request.network))
+    training.play(request, rounds, Lean(request.network, request.device))

@@ -10,4 +10,4 @@ from .rounds import Rounds
 
 def play(request: Request, rounds: Rounds) -> None:
     """All rounds."""
-    training.play(request, rounds, Gpt2(request.network))
+    training.play(request, rounds, Gpt2(request.network, request.device))

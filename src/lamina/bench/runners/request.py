@@ -23,11 +23,13 @@ class Client:
         ids: Its sequences, [sequences, tokens + 1].
         rows: Those of each step, [steps, sequences of a batch].
         blocks: The last so many blocks are trained, with the final norm and the head.
+        device: Where it computes.
     """
 
     ids: np.ndarray
     rows: np.ndarray
     blocks: int
+    device: str
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets of each step, int64 [sequences, tokens]."""
@@ -36,7 +38,7 @@ class Client:
 
     def examples(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some sequences, int64 [sequences, tokens]."""
-        ids = torch.from_numpy(self.ids[rows].astype(np.int64))
+        ids = torch.from_numpy(self.ids[rows].astype(np.int64)).to(self.device)
         return ids[:, :-1], ids[:, 1:]
 
 
@@ -48,6 +50,7 @@ class Request:
         folder: Where the files are: the pretrained network, the experiment as lamina's runner takes it, the arrays.
         devices: Number of devices there are.
         workers: Devices computed at a time.
+        device: Where they compute, as torch calls it.
         lr: Learning rate of AdamW.
         weight_decay: Of AdamW.
         ids: Tokens of the devices that are drawn in any round, [devices, sequences, tokens + 1], mapped.
@@ -59,6 +62,7 @@ class Request:
     folder: Path
     devices: int
     workers: int
+    device: str
     lr: float
     weight_decay: float
     ids: np.ndarray
@@ -89,7 +93,7 @@ class Request:
     def client(self, round_: int, index: int) -> Client:
         """A device of the cohort of a round, both counted from 0."""
         place = round_, index
-        return Client(self.ids[self.places[place]], self.rows[place], int(self.blocks[place]))
+        return Client(self.ids[self.places[place]], self.rows[place], int(self.blocks[place]), self.device)
 
     def clients(self, round_: int) -> Iterator[Client]:
         """The cohort of a round."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from .processes import cpu_seconds
 
 CHECKED = 2
@@ -30,6 +32,8 @@ class Rounds:
 
     def end(self, save: Callable[[Path], None]) -> None:
         """A round is over; `save` writes the global weights into a folder, as transformers names them."""
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # a card may still be at it
         wall, cpu = time.perf_counter() - self._wall, cpu_seconds() - self._cpu
         self._done += 1
         if self._done == CHECKED:

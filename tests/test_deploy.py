@@ -16,15 +16,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
 from support import begin, write_world
 
 from lamina import cli, config, files
-from lamina.deploy import join, kit, processes, serve, submit
+from lamina.deploy import join, keep, keys, kit, processes, serve, submit
 from lamina.deploy.front import MOST_BYTES, Front, serving
 from lamina.deploy.kit import Device, Kit
 from lamina.deployed import AppTable, real
@@ -157,6 +159,102 @@ def test_a_server_whose_files_do_not_belong_together_is_refused(other: Kit, tmp_
         serve.contexts(mixed)
 
 
+def test_a_certificate_that_has_expired_is_named_on_both_sides_and_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What devices have stays good."""
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "SERVER_DAYS", 0.5)  # of which the last was yesterday
+        place = kit.make(tmp_path / "kit", "localhost", 8443, 1, force=False)
+    with pytest.raises(UserError, match=r"server\.crt is valid from .* make another with: lamina deploy renew"):
+        serve.contexts(place)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(place.folder / "server.crt", place.folder / "server.key")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Link)
+    server.socket = tls.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    device = replace(kit.load_device(place.folder, 0), host="127.0.0.1", port=server.server_address[1])
+    with pytest.raises(UserError, match=r"is not valid now \(certificate has expired\): check the clock here, or make"):
+        join.check(device)
+    server.shutdown()
+    server.server_close()
+    kit.renew(place)
+    shaken(place, device.folder / "ca.crt", "localhost")
+    assert (place.folder / "server.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [(None, "ca.key is missing"), ("nothing", "ca.crt or ca.key in"), ("server.key", "is not the key of ca.crt")],
+)
+def test_only_who_has_the_key_of_the_authority_renews(key: str | None, message: str, tmp_path: Path) -> None:
+    place = kit.make(tmp_path / "kit", "localhost", 8443, 1, force=False)
+    before = (place.folder / "server.crt").read_bytes()
+    (place.folder / "ca.key").unlink()
+    if key:
+        other = place.folder / key
+        files.write(place.folder / "ca.key", other.read_bytes() if other.exists() else key, 0o600)
+    with pytest.raises(UserError, match=message):
+        kit.renew(place)
+    assert (place.folder / "server.crt").read_bytes() == before
+
+
+def test_a_device_can_be_added_and_its_key_replaced(tmp_path: Path) -> None:
+    place = kit.make(tmp_path / "kit", "localhost", 8443, 1, force=False)
+    before = (place.folder / "devices" / "0" / "device.pub").read_bytes()
+    with pytest.raises(UserError, match="exists already; take another name, or --force"):
+        kit.add_device(place, 0, force=False)
+    for device, force in ((0, True), (5, False)):
+        kit.add_device(place, device, force)
+        assert kit.load_device(place.folder, device) == Device(
+            place.folder / "devices" / str(device), "localhost", 8443, device
+        )
+    assert {path.read_bytes() for path in place.public_keys().values()}.isdisjoint({before})
+    assert sorted(place.public_keys()) == ["0", "5"]
+    with pytest.raises(UserError, match="counted from 0 and below 1000, got -1"):
+        kit.add_device(place, -1, force=False)
+
+
+def test_the_server_lets_in_whose_keys_are_in_the_kit_and_shuts_out_the_others(tmp_path: Path) -> None:
+    """Flower's own SuperLink, of which a key that was shut out is never accepted again."""
+    place = kit.make(tmp_path / "kit", "127.0.0.1", processes.free_port(), 2, force=False)
+    told: list[str] = []
+    with serve.running(place) as (_, port, front), serving(front):
+        seen = serve.admit(place, port, {}, told.append)
+        assert serve.admit(place, port, seen, told.append) == seen
+        for device in (0, 1):
+            join.enter(kit.load_device(place.folder, device))
+        public = place.folder / "devices" / "1" / "device.pub"
+        content = public.read_bytes()
+        public.unlink()
+        serve.admit(place, port, seen, told.append)
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"does not let device 1 in: its device\.pub is not in the kit there"):
+            join.enter(kit.load_device(place.folder, 1))
+        assert time.monotonic() - begun < 15
+        join.enter(kit.load_device(place.folder, 0))
+        public.write_bytes(content)
+        (place.folder / "devices" / "0" / "device.pub").write_bytes(b"ssh-rsa")
+        serve.admit(place, port, {}, told.append)  # as a server that is started again
+        with pytest.raises(UserError, match="does not let device 1 in"):
+            join.enter(kit.load_device(place.folder, 1))
+        kit.add_device(place, 1, force=True)
+        kit.add_device(place, 2, force=False)
+        serve.admit(place, port, {}, told.append)
+        for device in (1, 2):
+            join.enter(kit.load_device(place.folder, device))
+    bad = "note: device.pub of device 0 is not the public key of a device: it may not join"
+    assert told == [
+        "devices that may join: 0, 1",
+        "devices that may join: 0",
+        bad,
+        f"note: the key of device 1 was shut out, for good; make another with: {serve._KEY} {place.folder} 1",
+        "devices that may join: none",
+        bad,
+        "devices that may join: 1, 2",
+    ]
+
+
 def test_a_device_that_is_not_there_is_named(made: Kit) -> None:
     with pytest.raises(UserError, match="has no device 7; it has: 0, 1"):
         kit.load_device(made.folder, 7)
@@ -177,14 +275,14 @@ def test_flower_is_started_safely(made: Kit, monkeypatch: pytest.MonkeyPatch) ->
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     device = kit.load_device(made.folder, 1)
-    command = join.supernode_command(device, 6)
+    command = processes.supernode_command(device)
     given = dict(zip(command[1::2], command[2::2], strict=True))
+    assert 1024 <= int(given.pop("--port")) < 65536
     assert given == {
         "--superlink": "server.example:8443",
         "--root-certificates": str(device.folder / "ca.crt"),
         "--auth-supernode-private-key": str(device.folder / "device.key"),
         "--host": "127.0.0.1",
-        "--port": "6",
         "--node-config": str(device.folder / "node.toml"),
     }
     wanted = ["run", str(submit.APP), "lamina", "--stream", "-c", "/a b/c.toml"]
@@ -218,11 +316,19 @@ def test_a_device_knows_its_experiment_and_its_profile(tmp_path: Path) -> None:
 
 
 class Link(BaseHTTPRequestHandler):
-    """In the place of a SuperLink: gives back what it gets; nobody is let in."""
+    """In the place of a SuperLink: gives back what it gets; only nodes that are `away` are let in."""
+
+    away: ClassVar[set[int]] = set()
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        code = 412 if self.path.endswith("/activate-node") else 201
+        code = 201
+        if self.path.endswith("/deactivate-node"):
+            self.away.add(DeactivateNodeRequest.FromString(content).node_id)
+        if self.path.endswith("/activate-node"):
+            code = 201 if 7 in self.away else 412
+            content = ActivateNodeResponse(node_id=7).SerializeToString()
+            self.away.discard(7)
         self.send_response(code)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("X-Seen", f"{self.path} {self.headers['X-Sign']}")
@@ -334,6 +440,27 @@ def test_a_device_is_told_what_is_wrong(
         join.check(device)
 
 
+def test_a_device_that_was_killed_takes_its_place_back(
+    front: tuple[Device, ThreadingHTTPServer], tmp_path: Path
+) -> None:
+    """The server takes it to be there still, and is told that it is not; nobody who was not let in can say so."""
+    device = replace(front[0], folder=tmp_path)
+    for name in ("ca.crt", "device.key"):
+        (tmp_path / name).write_bytes((front[0].folder / name).read_bytes())
+    Link.away.clear()
+    for before in (None, "{", '{"node": true}', '{"node": 8}'):
+        if before:
+            (tmp_path / join.NODE).write_text(before)
+        with pytest.raises(UserError, match="does not let device 0 in"):
+            join.enter(device)
+    (tmp_path / join.NODE).write_text('{"node": 7}')
+    join.enter(device)
+    assert Link.away == {7, 8}
+    (tmp_path / join.NODE).unlink()
+    join.enter(device)
+    assert json.loads((tmp_path / join.NODE).read_text()) == {"node": 7}
+
+
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch, made: Kit) -> None:
     monkeypatch.setattr(join, "CONNECT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -379,6 +506,80 @@ def test_children_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None
     parent.kill()
     parent.communicate()
     assert gone(pid)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device with a SuperNode that runs node.py of its folder."""
+    program = tmp_path / "flower-supernode"
+    program.write_text(f"#!{sys.executable}\nexec(open({str(tmp_path / 'node.py')!r}).read())")
+    program.chmod(0o755)
+    monkeypatch.setattr(processes, "program", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(keep, "LOOK_SECONDS", 0.05)
+    return Device(tmp_path, "localhost", 8443, 0)
+
+
+WORK = """
+import os, signal, sys, time; from pathlib import Path; from lamina import files
+Path("node").write_text(str(os.getpid()))
+if os.fork():
+    time.sleep(100)
+with files.at_work(Path("cache")):
+    time.sleep(0.3)
+with files.at_work(Path("cache")):
+    Path("died").touch(); os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_supernode_is_ended_when_the_process_of_its_job_was_killed(kept: Device) -> None:
+    """Which it would find out by itself after a minute; not when that has ended as it should."""
+    (kept.folder / "node.py").write_text(WORK)
+    (kept.folder / "cache").mkdir()
+    (kept.folder / "cache" / files._MARK).touch()  # of a process that was killed before
+    assert keep.keep(kept) == "the process of a job was killed"
+    assert (kept.folder / "died").exists()
+    assert gone(int((kept.folder / "node").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed or ended (code -9)"),
+        ("raise SystemExit(3)", "the SuperNode ended with code 3; what it said is above"),
+    ],
+)
+def test_a_supernode_that_gives_up_at_once_is_not_started_again(code: str, message: str, kept: Device) -> None:
+    (kept.folder / "node.py").write_text(code)
+    try:
+        why = keep.keep(kept)
+    except UserError as error:
+        why = f"{error}"
+    assert message in why
+
+
+def test_a_device_is_kept_once(kept: Device) -> None:
+    with files.lock(kept.folder):
+        for begin in (join.join, keep.keep):
+            with pytest.raises(UserError, match="another process is working in"):
+                begin(kept)
+
+
+def test_what_keeps_a_device_joins_again(
+    made: Kit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until it is stopped, or the device cannot join."""
+    place, begun = str(made.folder / "devices" / "0"), list[list[str]]()
+    monkeypatch.setattr(sys, "argv", ["keep", place])
+    monkeypatch.setattr(keep, "keep", lambda device: f"device {device.device} died")
+    monkeypatch.setattr(os, "execv", lambda program, command: begun.append(command))
+    keep.main()
+    assert begun[0][1:] == ["deploy", "join", place] and Path(begun[0][0]).name == "lamina"
+    assert "note: device 0 died; joining again" in capsys.readouterr().out
+    for error, code in ((UserError("no"), 2), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(keep, "keep", Mock(side_effect=error))
+        with pytest.raises(SystemExit) as stop:
+            keep.main()
+        assert stop.value.code == code and len(begun) == 1
 
 
 def test_an_app_ends_with_what_started_it() -> None:

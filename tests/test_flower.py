@@ -623,6 +623,28 @@ def test_what_goes_wrong_on_a_device_stays_there(
     assert "to be or not to be" in capsys.readouterr().err
 
 
+def test_a_device_shows_that_it_is_at_work_and_does_one_job_at_a_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By that `lamina.deploy.keep` sees that the process of a job was killed."""
+    train, seen = client.train, list[bool]()
+
+    def look(job: Job, *args: Any) -> Any:
+        cache = world.folder / f"cache-{job.turn.device}"
+        seen.extend(((cache / files._MARK).exists(), files.is_locked(cache), not files.was_killed(cache)))
+        return train(job, *args)
+
+    monkeypatch.setattr(client, "train", look)
+    world.play()
+    assert len(seen) == 18 and all(seen)
+    assert not [*world.folder.glob(f"cache-*/{files._MARK}")]
+    with files.lock(world.folder / "cache-1"):
+        run, engine = world.begin("again")
+        rows = one_round(run, engine)[1]
+    assert [row.rejected is None for row in rows] == [True, False, True]
+    assert "another process is working in" in str(rows[1].rejected)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -434,10 +434,11 @@ def test_a_device_is_told_what_is_wrong(
         join.check(replace(device, port=plain.server_address[1]))
     plain.shutdown()
     plain.server_close()
-    late = time.time() - 600
-    monkeypatch.setattr("lamina.deploy.join.time", SimpleNamespace(time=lambda: late))
-    with pytest.raises(UserError, match=r"the clock differs from that of 127\.0\.0\.1:\d+ by -(599|60.) s: set it"):
-        join.check(device)
+    for seconds, shown in ((-600, "-(599|60.)"), (600, "(599|60.)")):
+        here = time.time() + seconds
+        monkeypatch.setattr("lamina.deploy.join.time", SimpleNamespace(time=lambda here=here: here))
+        with pytest.raises(UserError, match=rf"the clock differs from that of 127\.0\.0\.1:\d+ by {shown} s: set it"):
+            join.check(device)
 
 
 def test_a_device_that_was_killed_takes_its_place_back(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Event, Lock
@@ -13,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -292,6 +293,15 @@ def bomb(question: Message, reply: Message) -> Message:
     return Message(record(f"{files.digest(text.encode())}\n{text}", b""), reply_to=question)
 
 
+def pickled(question: Message, reply: Message) -> Message:
+    """What would run a program, were it loaded, in the place of numbers."""
+    text, data = parts(reply.content)
+    bad = b"cposix\nsystem\n(S'touch canary'\ntR.".ljust(len(data), b".")
+    array = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=bad)
+    content = RecordDict({"lamina": ArrayRecord({"lamina": array}), "index": ConfigRecord({"index": text})})
+    return Message(content, reply_to=question)
+
+
 FAULTS: dict[str, tuple[Bend, str]] = {
     "gone": (instead(lambda q, r: Message(Error(5, "secret"), reply_to=q)), "its node is gone"),
     "killed": (instead(lambda q, r: Message(Error(8, "secret"), reply_to=q)), "its client was ended"),
@@ -305,6 +315,7 @@ FAULTS: dict[str, tuple[Bend, str]] = {
     ),
     "flipped": (instead(flipped), "is not what was sent"),
     "cut": (instead(cut), "bytes, "),
+    "pickled": (instead(pickled), "is not what was sent"),
     "bomb": (instead(bomb), "take 40000000000 bytes, 0 came"),
     "nan": (tensor(lambda t: t * np.nan), "holds values that are not finite"),
     "infinite": (tensor(lambda t: t / 0), "holds values that are not finite"),
@@ -319,6 +330,11 @@ FAULTS: dict[str, tuple[Bend, str]] = {
     "negative": (changed(lambda m: (dict(m.head) | {"examples": -9}, m.tensors)), "says it used -9 examples"),
     "zero": (changed(lambda m: (dict(m.head) | {"examples": 0}, m.tensors)), "says it used 0 examples"),
     "huge": (changed(lambda m: (dict(m.head) | {"examples": 10**30}, m.tensors)), "says it used 1000"),
+    "not a number": (
+        changed(lambda m: (dict(m.head) | {"examples": math.nan}, m.tensors)),
+        "examples must be int, got",
+    ),
+    "no steps": (changed(lambda m: (dict(m.head) | {"steps": 0}, m.tensors)), "in 0 steps"),
     "bool": (changed(lambda m: (dict(m.head) | {"examples": True}, m.tensors)), "examples must be int, got True"),
     "list": (changed(lambda m: (dict(m.head) | {"steps": [1]}, m.tensors)), "steps must be int"),
     "loss": (changed(lambda m: (dict(m.head) | {"loss": float("nan")}, m.tensors)), "training loss is not finite"),

@@ -343,6 +343,7 @@ class Link(BaseHTTPRequestHandler):
 def front(other: Kit) -> Iterator[tuple[Device, ThreadingHTTPServer]]:
     """A device of `other` that has the front's address, and what is behind the front."""
     tls, trust = serve.contexts(other)
+    Link.away.clear()
     link = ThreadingHTTPServer(("127.0.0.1", 0), Link)
     link.socket = tls.wrap_socket(link.socket, server_side=True)
     thread = threading.Thread(target=link.serve_forever, args=(0.05,), daemon=True)
@@ -412,7 +413,7 @@ def test_a_device_is_told_what_is_wrong(
     told: dict[str, tuple[Device, Callable[[Device], None]]] = {
         "is not of the CA in": (replace(device, folder=made.folder / "devices" / "0"), join.check),
         "is for another name": (replace(device, host="localhost.localdomain"), join.check),
-        "does not let device 0 in: its device.pub was not in the kit": (device, join.enter),
+        "does not let device 0 in: its device.pub is not in the kit": (device, join.enter),
         "device.key is not a device key": (replace(device, folder=tmp_path), join.enter),
         "ca.crt is not a certificate": (replace(device, folder=tmp_path), join.check),
         "cannot be reached: Connection refused; is `lamina deploy serve` running": (
@@ -448,7 +449,6 @@ def test_a_device_that_was_killed_takes_its_place_back(
     device = replace(front[0], folder=tmp_path)
     for name in ("ca.crt", "device.key"):
         (tmp_path / name).write_bytes((front[0].folder / name).read_bytes())
-    Link.away.clear()
     for before in (None, "{", '{"node": true}', '{"node": 8}'):
         if before:
             (tmp_path / join.NODE).write_text(before)

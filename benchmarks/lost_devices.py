@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina import files
-from lamina.deploy.processes import free_port, program
+from lamina.deploy.processes import free_port, program, stopped_by_signals
 from lamina.run import environment
 
 EXPERIMENT = """
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with stopped_by_signals(), tempfile.TemporaryDirectory() as folder:
         rows = list(measure(Path(folder), options.repeats))
     files.write_json(options.path, {"seconds": rows, "environment": environment()})
 

@@ -449,17 +449,40 @@ def test_a_device_that_was_killed_takes_its_place_back(
     device = replace(front[0], folder=tmp_path)
     for name in ("ca.crt", "device.key"):
         (tmp_path / name).write_bytes((front[0].folder / name).read_bytes())
-    for before in (None, "{", '{"node": true}', '{"node": 8}'):
+    here = {"place": f"{socket.gethostname()} {tmp_path}"}
+    copied = {"node": 7, "place": f"{socket.gethostname()} /elsewhere"}
+    for before in (None, "{", json.dumps(here), *map(json.dumps, (here | {"node": True}, here | {"node": 8}, copied))):
         if before:
             (tmp_path / join.NODE).write_text(before)
         with pytest.raises(UserError, match="does not let device 0 in"):
             join.enter(device)
-    (tmp_path / join.NODE).write_text('{"node": 7}')
+    (tmp_path / join.NODE).write_text(json.dumps(here | {"node": 7}))
     join.enter(device)
     assert Link.away == {7, 8}
     (tmp_path / join.NODE).unlink()
     join.enter(device)
-    assert json.loads((tmp_path / join.NODE).read_text()) == {"node": 7}
+    assert json.loads((tmp_path / join.NODE).read_text()) == here | {"node": 7}
+
+
+def test_a_device_that_may_join_turns_into_what_keeps_it(
+    front: tuple[Device, ThreadingHTTPServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With everything written that this needs."""
+    told, begun = list[str](), list[list[str]]()
+    monkeypatch.setattr(os, "execv", lambda program, command: begun.append(command))
+    device = replace(front[0], folder=tmp_path)
+    for name in ("ca.crt", "device.key"):
+        (tmp_path / name).write_bytes((front[0].folder / name).read_bytes())
+    (tmp_path / "experiment.toml").write_text(config.dump(write_world(tmp_path)))
+    with pytest.raises(UserError, match="does not let device 0 in"):
+        join.join(device, told.append)
+    assert not begun and not told
+    Link.away.add(7)
+    join.join(device, told.append)
+    assert begun == [[sys.executable, "-m", "lamina.deploy.keep", str(tmp_path)]]
+    assert told == [f"device 0 may join {device.address}; what follows is its SuperNode's; Ctrl-C stops"]
+    assert config._read(tmp_path / "node.toml", []) == join.node_config(device)
+    assert not files.is_locked(tmp_path)
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch, made: Kit) -> None:
@@ -560,9 +583,10 @@ def test_a_supernode_that_gives_up_at_once_is_not_started_again(code: str, messa
 
 def test_a_device_is_kept_once(kept: Device) -> None:
     with files.lock(kept.folder):
-        for begin in (join.join, keep.keep):
-            with pytest.raises(UserError, match="another process is working in"):
-                begin(kept)
+        with pytest.raises(UserError, match="another process is working in"):
+            join.join(kept, print)
+        with pytest.raises(UserError, match="another process is working in"):
+            keep.keep(kept)
 
 
 def test_what_keeps_a_device_joins_again(

@@ -87,7 +87,7 @@ def join(
     from lamina.deploy import kit
     from lamina.deploy.join import join as run_device
 
-    run_device(kit.load_device(folder, device))
+    run_device(kit.load_device(folder, device), typer.echo)
 
 
 @deploy.command()

@@ -11,6 +11,7 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ MOST_SKEW_SECONDS = 240
 EXPERIMENT, PROFILE, NODE = "experiment.toml", "profile.toml", "node.json"
 
 
-def join(device: Device) -> None:
+def join(device: Device, say: Callable[[str], None]) -> None:
     """Check everything, then turn this process into the one that keeps a SuperNode until it is stopped.
 
     Raises:
@@ -37,6 +38,7 @@ def join(device: Device) -> None:
         check(device)
         enter(device)
         files.write(device.folder / "node.toml", config.dump(table))
+    say(f"device {device.device} may join {device.address}; what follows is its SuperNode's; Ctrl-C stops")
     os.execv(sys.executable, [sys.executable, "-m", "lamina.deploy.keep", str(device.folder)])
 
 
@@ -141,7 +143,7 @@ def enter(device: Device) -> None:
                 client.DeactivateNode(DeactivateNodeRequest(node_id=before))
         announced = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=30)
         node = client.ActivateNode(announced).node_id
-        files.write_json(device.folder / NODE, {"node": node})
+        files.write_json(device.folder / NODE, {"node": node, "place": _place(device)})
         client.DeactivateNode(DeactivateNodeRequest(node_id=node))
     except httpx.HTTPStatusError as error:
         raise UserError(_refused(device, error.response.status_code)) from error
@@ -152,12 +154,17 @@ def enter(device: Device) -> None:
 
 
 def _node(device: Device) -> int | None:
-    """Flower's number of this device, if it was let in before."""
+    """Flower's number of this device, if it was let in before from here: a copy elsewhere must not take its place."""
     try:
-        node = json.loads((device.folder / NODE).read_text(encoding="utf-8"))["node"]
+        said = json.loads((device.folder / NODE).read_text(encoding="utf-8"))
+        node, place = said["node"], said["place"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return node if type(node) is int else None
+    return node if type(node) is int and place == _place(device) else None
+
+
+def _place(device: Device) -> str:
+    return f"{socket.gethostname()} {device.folder}"
 
 
 def _refused(device: Device, status: int) -> str:

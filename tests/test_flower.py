@@ -450,7 +450,8 @@ def test_a_server_that_cannot_be_reached_is_no_fault_of_a_device(world: World) -
 
 def test_a_device_that_was_started_again_has_no_job_any_more(tmp_path: Path, clock: Clock) -> None:
     """Even if it was back before anybody saw that it was gone; Flower would wait for its answer for hours."""
-    world = World(tmp_path, clock, rounds=3)
+    fleet = [{"name": "only", "speed": "1 TFLOP/s"}]
+    world = World(tmp_path, clock, rounds=3, clock={"deadline": 100.0}, fleet=fleet)
 
     def die(link: Link, question: Message, reply: Message) -> Replies:
         if not second(question):

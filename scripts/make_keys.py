@@ -33,7 +33,10 @@ COMPARISON = """## Top level of a comparison
 | key | accepts | default | |
 |---|---|---|---|
 | `seeds` | list of integers | `[0]` | Every method runs with each of them. |
-| `[[methods]]` | tables | must be given | `[method]` tables; each may have a `label` and a `local` table. |
+| `[[methods]]` | tables | must be given | `[method]` tables, which may have the keys below as well. |
+| `label` | text | name of the method | Its name in tables and pictures. |
+| `local` | table | `[local]` | Keys that go before those of `[local]`. A list is a grid: one entry per value. |
+| `networks` | list of text | as above | In the place of those at the top. |
 | `on_infeasible` | as in `[method]` | `"drop"` | Of the methods that do not say. |
 """
 

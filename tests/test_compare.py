@@ -190,3 +190,21 @@ def test_methods_go_by_label_on_the_command_line(table: Table, tmp_path: Path) -
         UserError, match=r"methods has no 'cafff'; did you mean 'caff'\? accepted: caff, full, drop, lora"
     ):
         load(table, tmp_path, "methods.cafff.weighting=uniform")
+
+
+def test_lists_of_local_are_a_grid(table: Table, tmp_path: Path) -> None:
+    table["methods"] = [{"name": "caff", "local": {"lr": [0.02, 1], "steps": [1, 2]}}, {"name": "fedavg"}]
+    made = load(table, tmp_path)
+    assert [label for label, _ in made.experiments] == [
+        *("caff, lr 0.02, steps 1", "caff, lr 0.02, steps 2", "caff, lr 1, steps 1", "caff, lr 1, steps 2"),
+        "fedavg",
+    ]
+    assert [(each.local.lr, each.local.steps) for _, each in made.experiments][1:4] == [(0.02, 2), (1, 1), (1, 2)]
+    of_all = load(table | {"local": table["local"] | {"lr": [0.1, 0.3]}}, tmp_path)
+    assert [label for label, _ in of_all.experiments][4:] == ["fedavg, lr 0.1", "fedavg, lr 0.3"]
+    with pytest.raises(UserError, match=r"\[\[methods\]\] 1: \[local\]: lr = 'x' is not accepted"):
+        load(table | {"methods": [{"name": "caff", "local": {"lr": [0.1, "x"]}}]}, tmp_path)
+    table["methods"] = [{"name": "caff"}, {"name": "caff", "label": "other", "networks": ["novels-6"]}]
+    assert [each.networks for _, each in load(table, tmp_path).experiments] == [tuple(table["networks"]), ("novels-6",)]
+    with pytest.raises(UserError, match=r"there is another 'fedavg, lr 0.1'"):
+        load(table | {"methods": [{"name": "fedavg", "local": {"lr": [0.1, 0.1]}}]}, tmp_path)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -39,6 +40,8 @@ class Experiment:
         cohort: Devices per round, drawn without replacement.
         eval_every: Rounds between evaluations; 0 evaluates only before the first and after the last.
         eval_devices: Devices that are evaluated: so many with test examples, drawn once for the run; 0 takes all.
+        validation: Share of each device's training examples, the last ones, that replace its test examples, so that
+            settings can be chosen without looking at what is reported; 0 leaves both as they are.
         workers: Simulated devices computed at a time; 0 takes one per core. Changes no result.
         levers: Ways to save memory that the planner may use, where a plan would not fit without: "none", "exact" (those
             that leave the mathematics as it is), "all", or a list of names; see `docs/levers.md`.
@@ -68,6 +71,7 @@ class Experiment:
     seed: int = 0
     eval_every: int = 0
     eval_devices: int = 0
+    validation: float = 0.0
     workers: int = 0
     levers: Allowed = "none"
     enforce: bool = False
@@ -96,6 +100,8 @@ class Experiment:
         for key in ("eval_every", "eval_devices", "workers", "seed"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must be at least 0 and less than 1, got {self.validation}")
         list(rungs(self.levers))
         for key in ("prefix_ram", "prefix_disk"):
             if getattr(self, key) != 0:
@@ -153,8 +159,9 @@ class Comparison:
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     """The comparison in a TOML file: an experiment with `seeds` and [[methods]] in the place of `seed` and [method].
 
-    Each of [[methods]] is a [method] table with, if wanted, a `label`, and a `local` table whose keys go before
-    those of [local]. `on_infeasible` at the top, "drop" by default, is that of methods that do not say.
+    Each of [[methods]] is a [method] table with, if wanted, a `label`, `networks` in the place of those at the top, and
+    a `local` table whose keys go before those of [local]; where one is a list, the method is compared with each of its
+    values. `on_infeasible` at the top, "drop" by default, is that of methods that do not say.
 
     Raises:
         UserError: The file is missing or not TOML, or a key or value is not accepted.
@@ -175,15 +182,36 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     experiments: dict[str, Experiment] = {}
     for number, each in enumerate(methods, 1):
         entry = dict(each)
-        label, local = str(entry.pop("label", entry.get("name"))), entry.pop("local", {})
-        if label in experiments:
-            raise UserError(f"{where}: [[methods]] {number}: there is another {label!r}; give one of them a label")
+        name, local = str(entry.pop("label", entry.get("name"))), entry.pop("local", {})
+        own = {"networks": entry.pop("networks")} if "networks" in entry else {}
         if not isinstance(local, Mapping):
             raise UserError(f"{where}: [[methods]] {number}: local must be a table, got {local!r}")
-        merged = table | {"method": common | entry, "local": dict(table.get("local", {})) | dict(local)}
-        experiments[label] = experiment(merged, f"{where}: [[methods]] {number}")
+        for label, values in _grid(name, dict(table.get("local", {})) | dict(local)):
+            if label in experiments:
+                raise UserError(f"{where}: [[methods]] {number}: there is another {label!r}; give one of them a label")
+            merged = table | own | {"method": common | entry, "local": values}
+            experiments[label] = experiment(merged, f"{where}: [[methods]] {number}")
     first = next(iter(experiments.values()))
     return Comparison(first.name, tuple(dict.fromkeys(seeds)), tuple(experiments.items()))
+
+
+def _grid(label: str, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A [local] table for every combination of the values of keys that are lists, with a label that names them."""
+    lists = {key: value for key, value in values.items() if isinstance(value, list)}
+    for point in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, point, strict=True))
+        yield (
+            ", ".join(
+                [
+                    label,
+                    *(
+                        f"{key} {value:g}" if type(value) is float else f"{key} {value}"
+                        for key, value in chosen.items()
+                    ),
+                ]
+            ),
+            values | chosen,
+        )
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -134,6 +134,7 @@ def load_task(experiment: Experiment) -> Task:
             )
     class_of = devices(experiment).class_of
     task = experiment.task.load(experiment.seed, class_of, folders[0])
+    task = task.validating(experiment.validation) if experiment.validation else task
     if not any(map(len, task.test)):
         raise UserError("no device has a test example, so nothing can be measured; see the test settings of [task]")
     return task

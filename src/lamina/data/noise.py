@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from lamina.data.dealing import demand
-from lamina.data.task import Task
+from lamina.data.task import Made, Task
 from lamina.errors import UserError
 from lamina.files import digest
 from lamina.hf import read_spec
@@ -19,8 +19,6 @@ from lamina.turn import generator
 
 if TYPE_CHECKING:
     from lamina.job import Turn
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +54,6 @@ class Static:
     def at(self, turn: Turn) -> Static:
         """The same in every turn."""
         return self
-
-
-@dataclass(frozen=True, slots=True)
-class Made(Sequence[T], Generic[T]):
-    """A sequence whose items are made when they are asked for.
-
-    Attributes:
-        size: Number of items.
-        make: The item of an index from 0 on.
-    """
-
-    size: int
-    make: Callable[[int], T]
-
-    def __len__(self) -> int:
-        """Number of items."""
-        return self.size
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        """One item, or some."""
-        places = range(self.size)[index]
-        return self.make(places) if isinstance(places, int) else [self.make(place) for place in places]
 
 
 @dataclass(frozen=True)

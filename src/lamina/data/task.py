@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, overload
 
 import numpy as np
+
+from lamina.files import digest
 
 if TYPE_CHECKING:
     from lamina.job import Turn
     from lamina.spec import Spec
+
+T = TypeVar("T")
 
 
 class Shard(Protocol):
@@ -58,6 +64,57 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Neighbouring examples of a shard.
+
+    Attributes:
+        whole: The shard.
+        rows: Which of its examples.
+    """
+
+    whole: Shard
+    rows: range
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.rows)
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the examples `rows`, counted from the first of the part."""
+        return self.whole.batch(np.asarray(rows) + self.rows.start)
+
+    def at(self, turn: Turn) -> Part:
+        """The same part, as it is in that turn."""
+        return replace(self, whole=self.whole.at(turn))
+
+
+@dataclass(frozen=True, slots=True)
+class Made(Sequence[T], Generic[T]):
+    """A sequence whose items are made when they are asked for.
+
+    Attributes:
+        size: Number of items.
+        make: The item of an index from 0 on.
+    """
+
+    size: int
+    make: Callable[[int], T]
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        """One item, or some."""
+        places = range(self.size)[index]
+        return self.make(places) if isinstance(places, int) else [self.make(place) for place in places]
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Everyone's data.
 
@@ -82,6 +139,24 @@ class Task:
     mix: np.ndarray
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def validating(self, share: float) -> Task:
+        """The last `share` of everyone's training examples in the place of the test examples.
+
+        `mix` stays that of all training examples. Where windows of text overlap, those at the cut do as well.
+        """
+
+        def cut(device: int, last: bool) -> Shard:
+            count = len(self.train[device])
+            at = count - math.ceil(count * share)
+            return Part(self.train[device], range(at, count) if last else range(at))
+
+        return replace(
+            self,
+            train=Made(len(self.train), partial(cut, last=False)),
+            test=Made(len(self.train), partial(cut, last=True)),
+            digest=digest(f"{self.digest} validation {share!r}".encode()),
+        )
 
 
 class TaskTable(Protocol):

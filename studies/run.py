@@ -1,0 +1,145 @@
+"""Run settings of the study: docs/study.md says what came out.
+
+python studies/run.py shakespeare tuning half one     # settings of a task, one after the other; go on after a stop
+python studies/run.py cifar10 half --data data        # where the folder cifar10 is
+python studies/run.py shakespeare half --dry          # write the file of the comparison, run nothing
+
+Of each setting, <out>/<task>-<setting>.toml is what `lamina compare` is given; it needs nothing of this script.
+Learning rates have the best accuracy in the tuning of the task, which is measured on training examples held back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from lamina import config, files
+
+HERE = Path(__file__).parent
+RECORDS = HERE.parent / "records" / "study"
+GRID = [1e-3, 3e-3, 1e-2]
+# Peak memory in MiB of full training of the networks with three and six blocks (`lamina plan`, batch 32)
+FULL = {"shakespeare": (54.3, 103.3), "cifar10": (45.0, 85.6), "cifar100": (45.1, 85.7)}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fedavg, no budgets": {"name": "fedavg", "on_infeasible": "ignore"},
+    "fedavg, restricted": {"name": "fedavg", "on_infeasible": "reject"},
+    "fedavg, drop": {"name": "fedavg"},
+    **{
+        name: {"name": name}
+        for name in (
+            *("caff", "lora", "lora-last-t", "hetlora", "adapters", "heterofl", "fedrolex", "federated-dropout"),
+            *("depthfl", "progfed", "slt", "cocofl", "fedra", "fedhm"),
+        )
+    },
+}
+DEEP = {"caff, 12 blocks": "caff"}  # on the deepest network; the learning rate is that of the other label
+TUNED = [label for label in METHODS if label not in ("fedavg, restricted", "fedavg, drop")]
+
+
+def one_class(memory: str | None = None, **budget: str) -> list[dict[str, Any]]:
+    """A fleet of equal devices."""
+    return [{"name": "device", "share": 1} | ({"memory": memory} if memory else {}) | budget]
+
+
+def three_classes(full: float, *shares: float) -> list[dict[str, Any]]:
+    """Strong, medium and weak devices, a third each."""
+    names = ("strong", "medium", "weak")
+    return [
+        {"name": name, "share": 34 if name == "weak" else 33, "memory": f"{round(full * share, 1)} MiB"}
+        for name, share in zip(names, shares, strict=True)
+    ]
+
+
+def settings(task: str) -> dict[str, dict[str, Any]]:
+    """What each setting changes; the budgets are those of the issue's two forms, homogeneous and heterogeneous."""
+    three, six = FULL[task]
+    within = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop")]
+    return {
+        "tuning": {
+            "seeds": [100],
+            "rounds": 6,
+            "validation": 0.2,
+            "fleet": three_classes(1.02 * six, 1, 0.5, 0.25),
+            "labels": TUNED,
+        },
+        "half": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "labels": [*within, *DEEP]},
+        "one": {"fleet": one_class(f"{three} MiB"), "labels": ["fedavg, no budgets", *within, *DEEP]},
+        "three-classes": {
+            "fleet": three_classes(1.02 * six, 1, 0.66, 0.33),
+            "task": {"split": "resource"},
+            "labels": [label for label in METHODS if label != "fedavg, no budgets"],
+        },
+        "exact": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "levers": "exact", "labels": [*within, *DEEP]},
+    }
+
+
+def comparison(task: str, setting: str, rates: dict[str, float], data: str) -> dict[str, Any]:
+    """The tables of the comparison."""
+    base = tomllib.loads((HERE / f"{task}.toml").read_text(encoding="utf-8"))
+    change = settings(task)[setting]
+    labels, words = change.pop("labels"), change.pop("task", {})
+    table = {"name": f"{task}-{setting}"} | base | change
+    table["task"] = base["task"] | words
+    if "path" in table["task"]:
+        table["task"]["path"] = str(Path(data) / task)
+    table["methods"] = [entry(label, rates, table["networks"]) for label in labels]
+    if not rates:
+        table["local"] = base["local"] | {"lr": GRID}
+    return table
+
+
+def entry(label: str, rates: dict[str, float], networks: list[str]) -> dict[str, Any]:
+    """A row of the comparison, with its own learning rate once that is known."""
+    like = DEEP.get(label, label)
+    made: dict[str, Any] = {"label": label} | METHODS[like]
+    if label in DEEP:
+        made["networks"] = [networks[0].replace("-3", "-12")]
+    if rates:
+        made["local"] = {"lr": rates["fedavg, no budgets" if like.startswith("fedavg") else like]}
+    return made
+
+
+def chosen(folder: Path) -> dict[str, float]:
+    """Per label, the learning rate with the best accuracy on what was held back."""
+    rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["methods"]
+    best: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        label, _, rate = row["label"].rpartition(", lr ")
+        if row["seeds"]:
+            found = (row["accuracy"]["after"]["mean_over_devices"]["mean"], float(rate))
+            best[label] = max(found, best.get(label, found))
+    return {label: rate for label, (_, rate) in best.items()}
+
+
+def main() -> None:
+    """Write the file of each setting, and run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(FULL))
+    parser.add_argument("settings", nargs="+", choices=list(settings("shakespeare")))
+    parser.add_argument("--data", default="data", help="folder of the folders cifar10 and cifar100")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--rates-from", default=None, help="task whose tuning counts; by default the task itself")
+    parser.add_argument("--dry", action="store_true", help="write the files only")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    for setting in given.settings:
+        tuning = f"{given.rates_from or given.task}-tuning"
+        found = next((at for at in (given.out / tuning, RECORDS / tuning) if (at / "compare.json").exists()), None)
+        if setting != "tuning" and not found:
+            sys.exit(f"there is no {tuning} in {given.out} or {RECORDS}: run `tuning` first")
+        rates = chosen(found) if found and setting != "tuning" else {}
+        file = given.out / f"{given.task}-{setting}.toml"
+        files.write(file, config.dump(comparison(given.task, setting, rates, given.data)))
+        print(file, flush=True)
+        if not given.dry:
+            subprocess.run(["lamina", "compare", file, "--out", given.out], check=True)
+
+
+if __name__ == "__main__":
+    main()

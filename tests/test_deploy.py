@@ -546,7 +546,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
 WORK = """
 import os, signal, sys, time; from pathlib import Path; from lamina import files
 Path("node").write_text(str(os.getpid()))
-if os.fork():
+if os.fork() or os.fork():
     time.sleep(100)
 with files.at_work(Path("cache")):
     time.sleep(0.3)
@@ -563,6 +563,11 @@ def test_a_supernode_is_ended_when_the_process_of_its_job_was_killed(kept: Devic
     assert keep.keep(kept) == "the process of a job was killed"
     assert (kept.folder / "died").exists()
     assert gone(int((kept.folder / "node").read_text()))
+
+
+def test_a_supernode_whose_superexec_was_killed_is_ended(kept: Device) -> None:
+    (kept.folder / "node.py").write_text("import os, time\nif os.fork(): time.sleep(100)\ntime.sleep(0.3)")
+    assert keep.keep(kept) == "the SuperExec was killed or ended"
 
 
 @pytest.mark.parametrize(

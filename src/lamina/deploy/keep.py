@@ -37,10 +37,24 @@ def keep(device: Device) -> str:
             while node.poll() is None:
                 if files.was_killed(cache):
                     return "the process of a job was killed"
+                if _lost_a_child(node.pid):
+                    return "the SuperExec was killed or ended"
                 time.sleep(LOOK_SECONDS)
     if node.returncode >= 0 and time.monotonic() - begun < SHORT_SECONDS:
         raise UserError(f"the SuperNode ended with code {node.returncode}; what it said is above")
     return f"the SuperNode was killed or ended (code {node.returncode})"
+
+
+def _lost_a_child(pid: int) -> bool:
+    """Whether a child of a process has ended, which that did not notice: a SuperNode does not look after its SuperExec.
+
+    Without one it takes jobs and never answers. Known on Linux alone.
+    """
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return any(Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for each in children)
+    except OSError:
+        return False
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Real machines: the kit, what the network sees of its server, what a device is told, a run followed by its folder."""
 
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -26,8 +27,8 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
 from support import begin, write_world
 
 from lamina import cli, config, files
-from lamina.deploy import join, keep, keys, kit, processes, serve, submit
-from lamina.deploy.front import MOST_BYTES, Front, serving
+from lamina.deploy import join, keep, keys, kit, processes, serve, submit, way
+from lamina.deploy.front import MOST_BYTES, Front, _Passing, serving
 from lamina.deploy.kit import Device, Kit
 from lamina.deployed import AppTable, real
 from lamina.errors import UserError
@@ -380,6 +381,11 @@ def test_the_front_passes_on_what_is_for_devices(front: tuple[Device, ThreadingH
         ("POST", "/v1/fleet/../control/start-run", {}, 403),
         ("POST", "/v1/fleet/%2e%2e/control/start-run", {}, 403),
         ("GET", "/v1/fleet/pull", {}, 403),
+        ("GET", f"/lamina/probe/{MOST_BYTES + 1}", {}, 403),
+        ("GET", f"/lamina/probe/{'1' * 5000}", {}, 403),
+        ("GET", "/lamina/probe/-1", {}, 403),
+        ("POST", "/lamina/probe/1", {}, 403),
+        ("POST", "/lamina/probe", {"Content_Length": str(MOST_BYTES + 1)}, 413),
         ("POST", "/v1/fleet/pull", {"Content_Length": str(MOST_BYTES + 1)}, 413),
         ("POST", "/v1/fleet/pull", {"Content_Length": "-1"}, 411),
         ("POST", "/v1/fleet/pull", {"Transfer_Encoding": "chunked"}, 411),
@@ -397,6 +403,37 @@ def test_the_front_says_so_when_there_is_nothing_behind_it(front: tuple[Device, 
     link.shutdown()
     link.server_close()
     assert asked(device, "POST", "/v1/fleet/pull")[:2] == (502, b"the SuperLink does not answer\n")
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(2.0, way.FIRST_BYTES), (0.5, MOST_BYTES)])
+def test_the_way_is_measured_by_what_takes_long_enough(
+    seconds: float, size: int, front: tuple[Device, ThreadingHTTPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, given = list[int](), list[int]()
+    blocks, answer = _Passing._blocks, _Passing._answer
+
+    def take(passing: _Passing, left: int) -> Iterator[bytes]:
+        taken.append(left)
+        return blocks(passing, left)
+
+    def give(passing: _Passing, content: bytes) -> None:
+        given.append(len(content))
+        answer(passing, content)
+
+    monkeypatch.setattr(_Passing, "_blocks", take)
+    monkeypatch.setattr(_Passing, "_answer", give)
+    ticks = (seconds * step for step in itertools.count())
+    assert way.rates(front[0], lambda: next(ticks)) == (size / seconds, size / seconds)
+    assert max(taken) == max(given) == size
+    assert all(1e5 < rate < 1e11 for rate in way.rates(front[0]))
+
+
+def test_a_server_that_does_not_measure_is_named(front: tuple[Device, ThreadingHTTPServer]) -> None:
+    link = replace(front[0], port=front[1].server_address[1])
+    with pytest.raises(UserError, match=r"does not measure the way to it \(status 201\)"):
+        way.rates(link)
+    with pytest.raises(UserError, match="cannot be reached"):
+        way.rates(replace(link, port=processes.free_port()))
 
 
 def test_plain_http_is_told_that_this_is_tls(front: tuple[Device, ThreadingHTTPServer]) -> None:

@@ -244,6 +244,8 @@ def test_the_server_lets_in_whose_keys_are_in_the_kit_and_shuts_out_the_others(t
         serve.admit(place, port, {}, told.append)
         for device in (1, 2):
             join.enter(kit.load_device(place.folder, device))
+    with pytest.raises(UserError, match=r"does not take the keys of the devices .*; see .*superlink\.log"):
+        serve.admit(place, port, {}, told.append)
     bad = "note: device.pub of device 0 is not the public key of a device: it may not join"
     assert told == [
         "devices that may join: 0, 1",
@@ -253,6 +255,7 @@ def test_the_server_lets_in_whose_keys_are_in_the_kit_and_shuts_out_the_others(t
         "devices that may join: none",
         bad,
         "devices that may join: 1, 2",
+        bad,
     ]
 
 

@@ -134,6 +134,9 @@ def admit(kit: Kit, port: int, before: Mapping[str, bytes], say: Callable[[str],
 
     Returns:
         The keys by device, as they are written there.
+
+    Raises:
+        UserError: The SuperLink refuses, or is gone.
     """
     found = {name: path.read_bytes() for name, path in kit.public_keys().items()}
     if found != before:
@@ -166,6 +169,7 @@ def _public_key(content: bytes) -> bytes | None:
 
 def _register(kit: Kit, port: int, wanted: Mapping[bytes, str]) -> set[str]:
     """Make `wanted` what the SuperLink lets in; returns whose keys of them were shut out once, which is for ever."""
+    import httpx
     from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
     from flwr.supercore.constant import NodeStatus
     from flwr.supercore.control import ControlHttpClient
@@ -181,6 +185,8 @@ def _register(kit: Kit, port: int, wanted: Mapping[bytes, str]) -> set[str]:
             client.UnregisterNode(UnregisterNodeRequest(node_id=nodes[gone].node_id))
         for new in wanted.keys() - nodes.keys():
             client.RegisterNode(RegisterNodeRequest(public_key=new, name=f"device {wanted[new]}"))
+    except httpx.HTTPError as error:
+        raise UserError(f"the SuperLink does not take the keys of the devices ({error}); see {log(kit)}") from error
     finally:
         client.close()
     return {wanted[key] for key in wanted.keys() & shut}

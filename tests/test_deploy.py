@@ -1,6 +1,7 @@
 """Real machines: the kit, what the network sees of its server, what a device is told, a run followed by its folder."""
 
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -16,16 +17,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
 from support import begin, write_world
 
 from lamina import cli, config, files
-from lamina.deploy import join, kit, processes, serve, submit
-from lamina.deploy.front import MOST_BYTES, Front, serving
+from lamina.deploy import join, keep, keys, kit, processes, serve, submit, way
+from lamina.deploy.front import MOST_BYTES, Front, _Passing, serving
 from lamina.deploy.kit import Device, Kit
 from lamina.deployed import AppTable, real
 from lamina.errors import UserError
@@ -157,6 +160,105 @@ def test_a_server_whose_files_do_not_belong_together_is_refused(other: Kit, tmp_
         serve.contexts(mixed)
 
 
+def test_a_certificate_that_has_expired_is_named_on_both_sides_and_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What devices have stays good."""
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "SERVER_DAYS", 0.5)  # of which the last was yesterday
+        place = kit.make(tmp_path / "kit", "localhost", 8443, 1, force=False)
+    with pytest.raises(UserError, match=r"server\.crt is valid from .* make another with: lamina deploy renew"):
+        serve.contexts(place)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(place.folder / "server.crt", place.folder / "server.key")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Link)
+    server.socket = tls.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    device = replace(kit.load_device(place.folder, 0), host="127.0.0.1", port=server.server_address[1])
+    with pytest.raises(UserError, match=r"is not valid now \(certificate has expired\): check the clock here, or make"):
+        join.check(device)
+    server.shutdown()
+    server.server_close()
+    kit.renew(place)
+    shaken(place, device.folder / "ca.crt", "localhost")
+    assert (place.folder / "server.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [(None, "ca.key is missing"), ("nothing", "ca.crt or ca.key in"), ("server.key", "is not the key of ca.crt")],
+)
+def test_only_who_has_the_key_of_the_authority_renews(key: str | None, message: str, tmp_path: Path) -> None:
+    place = kit.make(tmp_path / "kit", "localhost", 8443, 1, force=False)
+    before = (place.folder / "server.crt").read_bytes()
+    (place.folder / "ca.key").unlink()
+    if key:
+        other = place.folder / key
+        files.write(place.folder / "ca.key", other.read_bytes() if other.exists() else key, 0o600)
+    with pytest.raises(UserError, match=message):
+        kit.renew(place)
+    assert (place.folder / "server.crt").read_bytes() == before
+
+
+def test_a_device_can_be_added_and_its_key_replaced(tmp_path: Path) -> None:
+    place = kit.make(tmp_path / "kit", "localhost", 8443, 1, force=False)
+    before = (place.folder / "devices" / "0" / "device.pub").read_bytes()
+    with pytest.raises(UserError, match="exists already; take another name, or --force"):
+        kit.add_device(place, 0, force=False)
+    for device, force in ((0, True), (5, False)):
+        kit.add_device(place, device, force)
+        assert kit.load_device(place.folder, device) == Device(
+            place.folder / "devices" / str(device), "localhost", 8443, device
+        )
+    assert {path.read_bytes() for path in place.public_keys().values()}.isdisjoint({before})
+    assert sorted(place.public_keys()) == ["0", "5"]
+    with pytest.raises(UserError, match="counted from 0 and below 1000, got -1"):
+        kit.add_device(place, -1, force=False)
+
+
+def test_the_server_lets_in_whose_keys_are_in_the_kit_and_shuts_out_the_others(tmp_path: Path) -> None:
+    """Flower's own SuperLink, of which a key that was shut out is never accepted again."""
+    place = kit.make(tmp_path / "kit", "127.0.0.1", processes.free_port(), 2, force=False)
+    told: list[str] = []
+    with serve.running(place) as (_, port, front), serving(front):
+        seen = serve.admit(place, port, {}, told.append)
+        assert serve.admit(place, port, seen, told.append) == seen
+        for device in (0, 1):
+            join.enter(kit.load_device(place.folder, device))
+        public = place.folder / "devices" / "1" / "device.pub"
+        content = public.read_bytes()
+        public.unlink()
+        serve.admit(place, port, seen, told.append)
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"does not let device 1 in: its device\.pub is not in the kit there"):
+            join.enter(kit.load_device(place.folder, 1))
+        assert time.monotonic() - begun < 15
+        join.enter(kit.load_device(place.folder, 0))
+        public.write_bytes(content)
+        (place.folder / "devices" / "0" / "device.pub").write_bytes(b"ssh-rsa")
+        serve.admit(place, port, {}, told.append)  # as a server that is started again
+        with pytest.raises(UserError, match="does not let device 1 in"):
+            join.enter(kit.load_device(place.folder, 1))
+        kit.add_device(place, 1, force=True)
+        kit.add_device(place, 2, force=False)
+        serve.admit(place, port, {}, told.append)
+        for device in (1, 2):
+            join.enter(kit.load_device(place.folder, device))
+    with pytest.raises(UserError, match=r"does not take the keys of the devices .*; see .*superlink\.log"):
+        serve.admit(place, port, {}, told.append)
+    bad = "note: device.pub of device 0 is not the public key of a device: it may not join"
+    assert told == [
+        "devices that may join: 0, 1",
+        "devices that may join: 0",
+        bad,
+        f"note: the key of device 1 was shut out, for good; make another with: {serve._KEY} {place.folder} 1",
+        "devices that may join: none",
+        bad,
+        "devices that may join: 1, 2",
+        bad,
+    ]
+
+
 def test_a_device_that_is_not_there_is_named(made: Kit) -> None:
     with pytest.raises(UserError, match="has no device 7; it has: 0, 1"):
         kit.load_device(made.folder, 7)
@@ -177,14 +279,14 @@ def test_flower_is_started_safely(made: Kit, monkeypatch: pytest.MonkeyPatch) ->
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     device = kit.load_device(made.folder, 1)
-    command = join.supernode_command(device, 6)
+    command = processes.supernode_command(device)
     given = dict(zip(command[1::2], command[2::2], strict=True))
+    assert 1024 <= int(given.pop("--port")) < 65536
     assert given == {
         "--superlink": "server.example:8443",
         "--root-certificates": str(device.folder / "ca.crt"),
         "--auth-supernode-private-key": str(device.folder / "device.key"),
         "--host": "127.0.0.1",
-        "--port": "6",
         "--node-config": str(device.folder / "node.toml"),
     }
     wanted = ["run", str(submit.APP), "lamina", "--stream", "-c", "/a b/c.toml"]
@@ -218,11 +320,19 @@ def test_a_device_knows_its_experiment_and_its_profile(tmp_path: Path) -> None:
 
 
 class Link(BaseHTTPRequestHandler):
-    """In the place of a SuperLink: gives back what it gets; nobody is let in."""
+    """In the place of a SuperLink: gives back what it gets; only nodes that are `away` are let in."""
+
+    away: ClassVar[set[int]] = set()
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        code = 412 if self.path.endswith("/activate-node") else 201
+        code = 201
+        if self.path.endswith("/deactivate-node"):
+            self.away.add(DeactivateNodeRequest.FromString(content).node_id)
+        if self.path.endswith("/activate-node"):
+            code = 201 if 7 in self.away else 412
+            content = ActivateNodeResponse(node_id=7).SerializeToString()
+            self.away.discard(7)
         self.send_response(code)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("X-Seen", f"{self.path} {self.headers['X-Sign']}")
@@ -237,6 +347,7 @@ class Link(BaseHTTPRequestHandler):
 def front(other: Kit) -> Iterator[tuple[Device, ThreadingHTTPServer]]:
     """A device of `other` that has the front's address, and what is behind the front."""
     tls, trust = serve.contexts(other)
+    Link.away.clear()
     link = ThreadingHTTPServer(("127.0.0.1", 0), Link)
     link.socket = tls.wrap_socket(link.socket, server_side=True)
     thread = threading.Thread(target=link.serve_forever, args=(0.05,), daemon=True)
@@ -273,6 +384,11 @@ def test_the_front_passes_on_what_is_for_devices(front: tuple[Device, ThreadingH
         ("POST", "/v1/fleet/../control/start-run", {}, 403),
         ("POST", "/v1/fleet/%2e%2e/control/start-run", {}, 403),
         ("GET", "/v1/fleet/pull", {}, 403),
+        ("GET", f"/lamina/probe/{MOST_BYTES + 1}", {}, 403),
+        ("GET", f"/lamina/probe/{'1' * 5000}", {}, 403),
+        ("GET", "/lamina/probe/-1", {}, 403),
+        ("POST", "/lamina/probe/1", {}, 403),
+        ("POST", "/lamina/probe", {"Content_Length": str(MOST_BYTES + 1)}, 413),
         ("POST", "/v1/fleet/pull", {"Content_Length": str(MOST_BYTES + 1)}, 413),
         ("POST", "/v1/fleet/pull", {"Content_Length": "-1"}, 411),
         ("POST", "/v1/fleet/pull", {"Transfer_Encoding": "chunked"}, 411),
@@ -292,6 +408,37 @@ def test_the_front_says_so_when_there_is_nothing_behind_it(front: tuple[Device, 
     assert asked(device, "POST", "/v1/fleet/pull")[:2] == (502, b"the SuperLink does not answer\n")
 
 
+@pytest.mark.parametrize(("seconds", "size"), [(2.0, way.FIRST_BYTES), (0.5, MOST_BYTES)])
+def test_the_way_is_measured_by_what_takes_long_enough(
+    seconds: float, size: int, front: tuple[Device, ThreadingHTTPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, given = list[int](), list[int]()
+    blocks, answer = _Passing._blocks, _Passing._answer
+
+    def take(passing: _Passing, left: int) -> Iterator[bytes]:
+        taken.append(left)
+        return blocks(passing, left)
+
+    def give(passing: _Passing, content: bytes) -> None:
+        given.append(len(content))
+        answer(passing, content)
+
+    monkeypatch.setattr(_Passing, "_blocks", take)
+    monkeypatch.setattr(_Passing, "_answer", give)
+    ticks = (seconds * step for step in itertools.count())
+    assert way.rates(front[0], lambda: next(ticks)) == (size / seconds, size / seconds)
+    assert max(taken) == max(given) == size
+    assert all(1e5 < rate < 1e11 for rate in way.rates(front[0]))
+
+
+def test_a_server_that_does_not_measure_is_named(front: tuple[Device, ThreadingHTTPServer]) -> None:
+    link = replace(front[0], port=front[1].server_address[1])
+    with pytest.raises(UserError, match=r"does not measure the way to it \(status 201\)"):
+        way.rates(link)
+    with pytest.raises(UserError, match="cannot be reached"):
+        way.rates(replace(link, port=processes.free_port()))
+
+
 def test_plain_http_is_told_that_this_is_tls(front: tuple[Device, ThreadingHTTPServer]) -> None:
     with socket.create_connection((front[0].host, front[0].port), 10) as plain:
         plain.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
@@ -306,7 +453,7 @@ def test_a_device_is_told_what_is_wrong(
     told: dict[str, tuple[Device, Callable[[Device], None]]] = {
         "is not of the CA in": (replace(device, folder=made.folder / "devices" / "0"), join.check),
         "is for another name": (replace(device, host="localhost.localdomain"), join.check),
-        "does not let device 0 in: its device.pub was not in the kit": (device, join.enter),
+        "does not let device 0 in: its device.pub is not in the kit": (device, join.enter),
         "device.key is not a device key": (replace(device, folder=tmp_path), join.enter),
         "ca.crt is not a certificate": (replace(device, folder=tmp_path), join.check),
         "cannot be reached: Connection refused; is `lamina deploy serve` running": (
@@ -328,10 +475,54 @@ def test_a_device_is_told_what_is_wrong(
         join.check(replace(device, port=plain.server_address[1]))
     plain.shutdown()
     plain.server_close()
-    late = time.time() - 600
-    monkeypatch.setattr("lamina.deploy.join.time", SimpleNamespace(time=lambda: late))
-    with pytest.raises(UserError, match=r"the clock differs from that of 127\.0\.0\.1:\d+ by -(599|60.) s: set it"):
-        join.check(device)
+    for seconds, shown in ((-600, "-(599|60.)"), (600, "(599|60.)")):
+        here = time.time() + seconds
+        monkeypatch.setattr("lamina.deploy.join.time", SimpleNamespace(time=lambda here=here: here))
+        with pytest.raises(UserError, match=rf"the clock differs from that of 127\.0\.0\.1:\d+ by {shown} s: set it"):
+            join.check(device)
+
+
+def test_a_device_that_was_killed_takes_its_place_back(
+    front: tuple[Device, ThreadingHTTPServer], tmp_path: Path
+) -> None:
+    """The server takes it to be there still, and is told that it is not; nobody who was not let in can say so."""
+    device = replace(front[0], folder=tmp_path)
+    for name in ("ca.crt", "device.key"):
+        (tmp_path / name).write_bytes((front[0].folder / name).read_bytes())
+    here = {"place": f"{socket.gethostname()} {tmp_path}"}
+    copied = {"node": 7, "place": f"{socket.gethostname()} /elsewhere"}
+    for before in (None, "{", json.dumps(here), *map(json.dumps, (here | {"node": True}, here | {"node": 8}, copied))):
+        if before:
+            (tmp_path / join.NODE).write_text(before)
+        with pytest.raises(UserError, match="does not let device 0 in"):
+            join.enter(device)
+    (tmp_path / join.NODE).write_text(json.dumps(here | {"node": 7}))
+    join.enter(device)
+    assert Link.away == {7, 8}
+    (tmp_path / join.NODE).unlink()
+    join.enter(device)
+    assert json.loads((tmp_path / join.NODE).read_text()) == here | {"node": 7}
+
+
+def test_a_device_that_may_join_turns_into_what_keeps_it(
+    front: tuple[Device, ThreadingHTTPServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With everything written that this needs."""
+    told, begun = list[str](), list[list[str]]()
+    monkeypatch.setattr(os, "execv", lambda program, command: begun.append(command))
+    device = replace(front[0], folder=tmp_path)
+    for name in ("ca.crt", "device.key"):
+        (tmp_path / name).write_bytes((front[0].folder / name).read_bytes())
+    (tmp_path / "experiment.toml").write_text(config.dump(write_world(tmp_path)))
+    with pytest.raises(UserError, match="does not let device 0 in"):
+        join.join(device, told.append)
+    assert not begun and not told
+    Link.away.add(7)
+    join.join(device, told.append)
+    assert begun == [[sys.executable, "-m", "lamina.deploy.keep", str(tmp_path)]]
+    assert told == [f"device 0 may join {device.address}; what follows is its SuperNode's; Ctrl-C stops"]
+    assert config._read(tmp_path / "node.toml", []) == join.node_config(device)
+    assert not files.is_locked(tmp_path)
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch, made: Kit) -> None:
@@ -379,6 +570,86 @@ def test_children_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None
     parent.kill()
     parent.communicate()
     assert gone(pid)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device with a SuperNode that runs node.py of its folder."""
+    program = tmp_path / "flower-supernode"
+    program.write_text(f"#!{sys.executable}\nexec(open({str(tmp_path / 'node.py')!r}).read())")
+    program.chmod(0o755)
+    monkeypatch.setattr(processes, "program", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(keep, "LOOK_SECONDS", 0.05)
+    return Device(tmp_path, "localhost", 8443, 0)
+
+
+WORK = """
+import os, signal, sys, time; from pathlib import Path; from lamina import files
+Path("node").write_text(str(os.getpid()))
+if os.fork() or os.fork():
+    time.sleep(100)
+with files.at_work(Path("cache")):
+    time.sleep(0.3)
+with files.at_work(Path("cache")):
+    Path("died").touch(); os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_supernode_is_ended_when_the_process_of_its_job_was_killed(kept: Device) -> None:
+    """Which it would find out by itself after a minute; not when that has ended as it should."""
+    (kept.folder / "node.py").write_text(WORK)
+    (kept.folder / "cache").mkdir()
+    (kept.folder / "cache" / files._MARK).touch()  # of a process that was killed before
+    assert keep.keep(kept) == "the process of a job was killed"
+    assert (kept.folder / "died").exists()
+    assert gone(int((kept.folder / "node").read_text()))
+
+
+def test_a_supernode_whose_superexec_was_killed_is_ended(kept: Device) -> None:
+    (kept.folder / "node.py").write_text("import os, time\nif os.fork(): time.sleep(100)\ntime.sleep(0.3)")
+    assert keep.keep(kept) == "the SuperExec was killed or ended"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed or ended (code -9)"),
+        ("raise SystemExit(3)", "the SuperNode ended with code 3; what it said is above"),
+    ],
+)
+def test_a_supernode_that_gives_up_at_once_is_not_started_again(code: str, message: str, kept: Device) -> None:
+    (kept.folder / "node.py").write_text(code)
+    try:
+        why = keep.keep(kept)
+    except UserError as error:
+        why = f"{error}"
+    assert message in why
+
+
+def test_a_device_is_kept_once(kept: Device) -> None:
+    with files.lock(kept.folder):
+        with pytest.raises(UserError, match="another process is working in"):
+            join.join(kept, print)
+        with pytest.raises(UserError, match="another process is working in"):
+            keep.keep(kept)
+
+
+def test_what_keeps_a_device_joins_again(
+    made: Kit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until it is stopped, or the device cannot join."""
+    place, begun = str(made.folder / "devices" / "0"), list[list[str]]()
+    monkeypatch.setattr(sys, "argv", ["keep", place])
+    monkeypatch.setattr(keep, "keep", lambda device: f"device {device.device} died")
+    monkeypatch.setattr(os, "execv", lambda program, command: begun.append(command))
+    keep.main()
+    assert begun[0][1:] == ["deploy", "join", place] and Path(begun[0][0]).name == "lamina"
+    assert "note: device 0 died; joining again" in capsys.readouterr().out
+    for error, code in ((UserError("no"), 2), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(keep, "keep", Mock(side_effect=error))
+        with pytest.raises(SystemExit) as stop:
+            keep.main()
+        assert stop.value.code == code and len(begun) == 1
 
 
 def test_an_app_ends_with_what_started_it() -> None:

@@ -113,3 +113,27 @@ def test_a_lock_is_let_go_after_an_error(tmp_path: Path) -> None:
 def test_a_missing_folder_cannot_be_locked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere is not a folder"), files.lock(tmp_path / "nowhere"):
         pass
+
+
+WORK = """
+import sys
+from pathlib import Path
+from lamina import files
+with files.at_work(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_who_was_killed_at_work_is_told_from_who_went(killed: bool, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WORK, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout and worker.stdin
+        assert worker.stdout.readline() == "held\n"
+        assert files.is_locked(tmp_path) and not files.was_killed(tmp_path)
+        if killed:
+            worker.kill()
+        worker.communicate()
+    assert [files.was_killed(tmp_path), files.was_killed(tmp_path)] == [killed, False]
+    assert not files.is_locked(tmp_path)

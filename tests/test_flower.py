@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from threading import Event, Lock
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from support import Table, bits, lines, memory, outcome, write_world
@@ -54,6 +58,9 @@ class Link(Grid):
 
     Attributes:
         nodes: Node -> node config.
+        since: Node -> when it connected, as Flower says.
+        broken: Replies that cannot be put together, and why.
+        stuck: Replies of which a part has come, and when the rest does.
         bend: Given the question and the honest reply: replies, each after some seconds.
         pushed: Messages, in order.
     """
@@ -62,6 +69,10 @@ class Link(Grid):
         self.nodes, self.clock = dict(nodes), clock
         self.bend: Bend = lambda link, question, reply: [(0.0, reply)]
         self.pushed: list[Message] = []
+        self.broken: dict[Message, Exception] = {}
+        self.stuck: dict[Message, Event] = {}
+        self.one = Lock()
+        self.since: dict[int, str] = {}
         self.replies: list[tuple[float, Message]] = []
 
     def set_run(self, run: Any) -> None: ...
@@ -79,6 +90,9 @@ class Link(Grid):
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
 
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, last_activated_at=self.since.get(node)) for node in self.get_node_ids()]
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         found = []
         for message in messages:
@@ -87,21 +101,23 @@ class Link(Grid):
             found.append(message.metadata.message_id)
             settings = self.nodes[message.metadata.dst_node_id]
             app = deployed.hello if message.metadata.message_type == "query" else deployed.answer
-            self.replies += [
-                (self.clock.now + after, reply) for after, reply in self.bend(self, message, app(message, settings))
-            ]
+            now = self.clock.now + float(generator("way", len(self.pushed)).random())  # no order is kept
+            self.replies += [(now + after, reply) for after, reply in self.bend(self, message, app(message, settings))]
         return found
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        ids = set(message_ids)
-        due = [
-            (at, reply)
-            for at, reply in self.replies
-            if at <= self.clock.now and reply.metadata.reply_to_message_id in ids
-        ]
-        self.replies = [each for each in self.replies if not any(each[1] is reply for _, reply in due)]
-        order = generator("arrival", len(self.pushed)).permutation(len(due))
-        return [due[i][1] for i in order]
+        """By threads of the engine, one for each message."""
+        (key,) = message_ids
+        with self.one:
+            due = [each for each in self.replies if each[0] <= self.clock.now]
+            due = [each for each in due if each[1].metadata.reply_to_message_id == key]
+            self.replies = [each for each in self.replies if not any(each is other for other in due)]
+        for _, reply in due:
+            if reply in self.broken:
+                raise self.broken[reply]
+            if reply in self.stuck:
+                self.stuck[reply].wait(20)
+        return [reply for _, reply in due]
 
 
 def played(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +293,15 @@ def bomb(question: Message, reply: Message) -> Message:
     return Message(record(f"{files.digest(text.encode())}\n{text}", b""), reply_to=question)
 
 
+def pickled(question: Message, reply: Message) -> Message:
+    """What would run a program, were it loaded, in the place of numbers."""
+    text, data = parts(reply.content)
+    bad = b"cposix\nsystem\n(S'touch canary'\ntR.".ljust(len(data), b".")
+    array = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=bad)
+    content = RecordDict({"lamina": ArrayRecord({"lamina": array}), "index": ConfigRecord({"index": text})})
+    return Message(content, reply_to=question)
+
+
 FAULTS: dict[str, tuple[Bend, str]] = {
     "gone": (instead(lambda q, r: Message(Error(5, "secret"), reply_to=q)), "its node is gone"),
     "killed": (instead(lambda q, r: Message(Error(8, "secret"), reply_to=q)), "its client was ended"),
@@ -290,6 +315,7 @@ FAULTS: dict[str, tuple[Bend, str]] = {
     ),
     "flipped": (instead(flipped), "is not what was sent"),
     "cut": (instead(cut), "bytes, "),
+    "pickled": (instead(pickled), "is not what was sent"),
     "bomb": (instead(bomb), "take 40000000000 bytes, 0 came"),
     "nan": (tensor(lambda t: t * np.nan), "holds values that are not finite"),
     "infinite": (tensor(lambda t: t / 0), "holds values that are not finite"),
@@ -304,6 +330,11 @@ FAULTS: dict[str, tuple[Bend, str]] = {
     "negative": (changed(lambda m: (dict(m.head) | {"examples": -9}, m.tensors)), "says it used -9 examples"),
     "zero": (changed(lambda m: (dict(m.head) | {"examples": 0}, m.tensors)), "says it used 0 examples"),
     "huge": (changed(lambda m: (dict(m.head) | {"examples": 10**30}, m.tensors)), "says it used 1000"),
+    "not a number": (
+        changed(lambda m: (dict(m.head) | {"examples": math.nan}, m.tensors)),
+        "examples must be int, got",
+    ),
+    "no steps": (changed(lambda m: (dict(m.head) | {"steps": 0}, m.tensors)), "in 0 steps"),
     "bool": (changed(lambda m: (dict(m.head) | {"examples": True}, m.tensors)), "examples must be int, got True"),
     "list": (changed(lambda m: (dict(m.head) | {"steps": [1]}, m.tensors)), "steps must be int"),
     "loss": (changed(lambda m: (dict(m.head) | {"loss": float("nan")}, m.tensors)), "training loss is not finite"),
@@ -327,6 +358,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Run, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         played(patch)
         world = World(tmp_path_factory.mktemp("half"), Clock())
+        patch.setattr(flower, "time", world.clock)
         run, engine = world.begin()
         run.state, _ = one_round(run, engine)
 
@@ -374,6 +406,66 @@ def test_a_round_of_more_than_are_wanted_ends_when_they_have_answered(tmp_path: 
     rows = lines(run.folder / "rounds.jsonl")
     assert [row["updates"] for row in rows] == [2, 2]
     assert rows[1]["rejected"] == ["device 1: late"]
+
+
+def test_an_answer_that_stays_away_half_sent_does_not_hold_up_the_others(tmp_path: Path, clock: Clock) -> None:
+    """Flower waits for the rest of it; the round ends by its deadline without it, and it is not used later."""
+    fleet = [{"name": "only", "speed": "1 TFLOP/s"}]
+    world, rest = World(tmp_path, clock, rounds=3, clock={"deadline": 2.0}, fleet=fleet), Event()
+
+    def stick(link: Link, question: Message, reply: Message) -> Replies:
+        if second(question):
+            link.stuck[reply] = rest
+        return [(0.0, reply)]
+
+    world.link.bend = stick
+    run, engine = world.begin()
+    run.play(lambda row, devices: rest.set() if row.round == 2 else None, engine=engine)
+    assert [each["rejected"] for each in lines(run.folder / "rounds.jsonl")] == [[], ["device 1: late"], []]
+
+
+@pytest.mark.parametrize("error", [KeyError("arraychunk_ids"), ValueError("secret"), MemoryError()], ids=repr)
+def test_an_answer_that_flower_cannot_put_together_costs_its_device_alone(world: World, error: Exception) -> None:
+    def spoil(link: Link, question: Message, reply: Message) -> Replies:
+        if second(question):
+            link.broken[reply] = error
+        return [(0.0, reply)]
+
+    world.link.bend = spoil
+    run, _ = world.play()
+    assert lost(run.folder) == ["device 1: its answer is refused: it cannot be put together"]
+    assert run.state.totals["updates"] == 5
+
+
+def test_a_server_that_cannot_be_reached_is_no_fault_of_a_device(world: World) -> None:
+    def away(message_ids: Iterable[str]) -> Iterable[Message]:
+        raise httpx.ConnectError("gone")
+
+    run, engine = world.begin()
+    engine.peers.gather()
+    world.link.pull_messages = away  # type: ignore[method-assign]
+    with pytest.raises(httpx.ConnectError):
+        run.play(engine=engine)
+
+
+def test_a_device_that_was_started_again_has_no_job_any_more(tmp_path: Path, clock: Clock) -> None:
+    """Even if it was back before anybody saw that it was gone; Flower would wait for its answer for hours."""
+    fleet = [{"name": "only", "speed": "1 TFLOP/s"}]
+    world = World(tmp_path, clock, rounds=3, clock={"deadline": 100.0}, fleet=fleet)
+
+    def die(link: Link, question: Message, reply: Message) -> Replies:
+        if not second(question):
+            return [(0.0, reply)]
+        link.since[11] = "later"
+        return []
+
+    world.link.bend = die
+    begin = clock.now
+    run, engine = world.play()
+    rejected = [each["rejected"] for each in lines(run.folder / "rounds.jsonl")]
+    assert rejected == [[], ["device 1: its node is gone"], []]
+    assert clock.now - begin < 15
+    assert engine.peers.here[1].since == "later"
 
 
 def test_what_comes_twice_counts_once(world: World) -> None:
@@ -517,7 +609,7 @@ def test_devices_say_what_they_have(world: World) -> None:
 def as_said(world: World, *said: tuple[str, int | None]) -> Table | None:
     """The fleet's classes, memories and devices, when devices say a class and its memory; None if it is as it was."""
     budgets = [dict.fromkeys(RESOURCES) | {"memory_bytes": memory} for _, memory in said]
-    peers = {i: Peer(10 + i, i, said[i][0], budgets[i], 9, {}) for i in range(len(said))}
+    peers = {i: Peer(10 + i, "", i, said[i][0], budgets[i], 9, {}) for i in range(len(said))}
     found = deployed.as_said(world.experiment, peers)
     if found == world.experiment:
         return None
@@ -561,11 +653,11 @@ def test_clocks_that_differ_are_told_of(world: World) -> None:
             head = dict(wire.unpack(*parts(reply.content)).head)
             if head.get("device") == 1:
                 head["seconds"] += seconds
-            return [(3.0, replied(question, head))]
+            return [(3.2, replied(question, head))]
 
         return bend
 
-    for seconds, note in ((600.0, "device 1 differs by 597 s"), (-600.0, "device 1 differs by -600 s"), (60.0, "")):
+    for seconds, note in ((600.0, "device 1 differs by 596 s"), (-600.0, "device 1 differs by -600 s"), (60.0, "")):
         world.link.bend = skew(seconds)
         found, notes = said(world, 1, world.settings(1))
         assert sorted(found) == [0, 1, 2]
@@ -621,6 +713,28 @@ def test_what_goes_wrong_on_a_device_stays_there(
     monkeypatch.setattr(client, "train", fail)
     assert refused(world, 1, world.settings(1)) == "device 1: its client failed: ValueError"
     assert "to be or not to be" in capsys.readouterr().err
+
+
+def test_a_device_shows_that_it_is_at_work_and_does_one_job_at_a_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By that `lamina.deploy.keep` sees that the process of a job was killed."""
+    train, seen = client.train, list[bool]()
+
+    def look(job: Job, *args: Any) -> Any:
+        cache = world.folder / f"cache-{job.turn.device}"
+        seen.extend(((cache / files._MARK).exists(), files.is_locked(cache), not files.was_killed(cache)))
+        return train(job, *args)
+
+    monkeypatch.setattr(client, "train", look)
+    world.play()
+    assert len(seen) == 18 and all(seen)
+    assert not [*world.folder.glob(f"cache-*/{files._MARK}")]
+    with files.lock(world.folder / "cache-1"):
+        run, engine = world.begin("again")
+        rows = one_round(run, engine)[1]
+    assert [row.rejected is None for row in rows] == [True, False, True]
+    assert "another process is working in" in str(rows[1].rejected)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
+from proxy import Proxy, proxied
 from support import lines, write_world
 
 import lamina
@@ -143,13 +144,13 @@ class Grid:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.ports[0])) == 0
 
-    def join(self, device: int, experiment: Path) -> subprocess.Popen[bytes]:
-        """The SuperNode of a device."""
+    def join(self, device: int, experiment: Path, port: int) -> subprocess.Popen[bytes]:
+        """The SuperNode of a device, which reaches the SuperLink on that port."""
         settings = self.folder / f"node-{device}.toml"
         table = {"device": device, "experiment": str(experiment), "cache": str(self.folder / f"cache-{device}")}
         settings.write_text(config.dump(table), encoding="utf-8")
         secrets = ("--root-certificates", self.folder / "ca.crt", "--auth-supernode-private-key")
-        where = ("--superlink", f"127.0.0.1:{self.ports[0]}", "--port", self.ports[1 + device])
+        where = ("--superlink", f"127.0.0.1:{port}", "--port", self.ports[1 + device])
         key = self.folder / f"device-{device}"
         return self.start("flower-supernode", *secrets, key, *where, "--node-config", settings)
 
@@ -174,6 +175,7 @@ def grid(tmp_path: Path) -> Iterator[Grid]:
 
 
 def test_a_device_that_is_killed_costs_its_update_and_no_process_stays(grid: Grid) -> None:
+    """While another has a bad network: its answers, which are cut off halfway, count whole or not at all."""
     fleet = [{"name": "strong", "speed": "1 TFLOP/s"}, {"name": "weak", "memory": 243224, "speed": "1 TFLOP/s"}]
     changes: dict[str, Any] = {"clock": {"deadline": 35.0}, "fleet": fleet}
     table = write_world(grid.folder, engine="serial", rounds=2, cohort=3, **changes)
@@ -181,17 +183,9 @@ def test_a_device_that_is_killed_costs_its_update_and_no_process_stays(grid: Gri
     file, out = grid.folder / "x.toml", grid.folder / "runs"
     file.write_text(config.dump(table), encoding="utf-8")
     grid.link()
-    nodes = [grid.join(device, file) for device in range(3)]
-    settings = f'experiment="{file}" out="{out}" name="tiny" wait=120'
-    grid.flwr("run", ROOT / "app", "link", "-c", settings)
-    rounds, done = out / "tiny" / "rounds.jsonl", out / "tiny" / "summary.json"
-    grid.until(lambda: rounds.exists() and len(lines(rounds)) == 1, 150, "the first round")
-    os.killpg(nodes[1].pid, signal.SIGKILL)
-    grid.until(done.exists, 120, "the second round")
-    rows = lines(rounds)
-    assert [row["updates"] for row in rows] == [3, 2], grid.logs()
-    ways = ("late", "its node is gone", "its answer did not arrive whole")  # Flower tells by when it was killed
-    assert rows[1]["rejected"] in [[f"device 1: {way}"] for way in ways]
+    with proxied(grid.ports[0], cut_at=6000, cuts=4, delay_seconds=0.01) as proxy:
+        play(grid, file, out, proxy)
+    assert proxy.cuts == 0
     grid.stop()
     grid.until(lambda: not grid.alive(), 20, "ending the processes")
 
@@ -206,3 +200,18 @@ def test_a_device_that_is_killed_costs_its_update_and_no_process_stays(grid: Gri
     here.play(engine=Lossy())
     models = [(folder / "model" / checkpoint.WEIGHTS).read_bytes() for folder in (out / "tiny", here.folder)]
     assert models[0] == models[1]
+
+
+def play(grid: Grid, file: Path, out: Path, proxy: Proxy) -> None:
+    """Two rounds, in the second of which device 1 is killed; device 2 is behind the proxy."""
+    nodes = [grid.join(device, file, proxy.port if device == 2 else grid.ports[0]) for device in range(3)]
+    settings = f'experiment="{file}" out="{out}" name="tiny" wait=120'
+    grid.flwr("run", ROOT / "app", "link", "-c", settings)
+    rounds, done = out / "tiny" / "rounds.jsonl", out / "tiny" / "summary.json"
+    grid.until(lambda: rounds.exists() and len(lines(rounds)) == 1, 150, "the first round")
+    os.killpg(nodes[1].pid, signal.SIGKILL)
+    grid.until(done.exists, 120, "the second round")
+    rows = lines(rounds)
+    assert [row["updates"] for row in rows] == [3, 2], grid.logs()
+    ways = ("late", "its node is gone", "its answer did not arrive whole")  # Flower tells by when it was killed
+    assert rows[1]["rejected"] in [[f"device 1: {way}"] for way in ways]

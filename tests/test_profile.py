@@ -13,6 +13,8 @@ from lamina.checkpoint import read_spec
 from lamina.config import experiment
 from lamina.cost import cost
 from lamina.data.task import Shard
+from lamina.deploy import way
+from lamina.deploy.kit import make
 from lamina.errors import UserError
 from lamina.fleet import DeviceClass, rate
 from lamina.job import Job, Update
@@ -131,6 +133,27 @@ def test_the_command_prints_the_table_alone(
     expected = {"name": "pi", "memory": "512 MiB", "speed": "2000 MFLOP/s"}
     assert tomllib.loads(printed[0])["fleet"] == [expected]
     assert json.loads(printed[1])["class"] == expected
+
+
+def test_the_way_to_the_server_is_part_of_the_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make(tmp_path / "kit", "localhost", 8443, 2, force=False)
+    found = Profile("pi", Free(GIB, "system"), GIB // 2, 2e9, 3)
+    monkeypatch.setattr(profile, "profile", lambda name, reserve_bytes: found)
+    monkeypatch.setattr(way, "rates", lambda device: (device.device * 123_456.0, 1e9))
+    printed = []
+    for flags in ([], ["--json"]):
+        command = ["lamina", "profile", "--server", str(made.folder / "devices" / "1"), *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        printed.append(capsys.readouterr().out)
+    (table,) = tomllib.loads(printed[0])["fleet"]
+    assert (table["up_rate"], table["down_rate"]) == ("0.987 Mbit/s", "8000 Mbit/s")
+    assert DeviceClass(**table).rates[2] == pytest.approx(123_456, rel=1e-3)
+    assert json.loads(printed[1])["class"] == table and json.loads(printed[1])["not_measured"] == []
 
 
 def test_a_reserve_that_is_no_quantity_is_refused(

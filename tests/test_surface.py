@@ -105,8 +105,10 @@ OPTIONS = {
         "WORKLOAD --against --set --rounds --warmup --settle --repeats --workers --device --tolerance --record --json"
     ),
     "export": "RUN --out --dtype --force --json",
-    "profile": "--name --reserve --json",
+    "profile": "--name --reserve --server --json",
     "deploy init": "DIR --server --port --devices --force",
+    "deploy key": "DIR K --force",
+    "deploy renew": "DIR",
     "deploy serve": "DIR",
     "deploy join": "DIR --device",
     "deploy run": "DIR FILE --set --resume --out --json",

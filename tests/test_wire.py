@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
+import subprocess
+import sys
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +20,7 @@ from support import LOCAL, TURN, VARIANTS, spec, suited
 
 from lamina import files, model, wire
 from lamina.job import Failure, Job, Update
-from lamina.wire import SCHEMA, WireError
+from lamina.wire import INDEX_BYTES, SCHEMA, WireError
 
 TENSORS = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -150,6 +155,53 @@ def test_what_claims_to_be_large_is_refused_before_memory_is_taken_for_it() -> N
             wire.unpack(bomb, bytes(8))
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     tracemalloc.stop()
+
+
+BOMBS = """
+import resource, sys
+from lamina import wire
+found = eval(sys.stdin.read())
+(size,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")]
+most = int(size) * 1024 + 64 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+for name, text in found:
+    try:
+        wire.unpack(text, bytes(8))
+    except wire.WireError as error:
+        print(name, error)
+"""
+
+
+def bombs() -> Iterator[tuple[str, str]]:
+    """Indices that claim much in few bytes, or take much when they are read."""
+    for name, shape in {"numbers": [10**10], "axes": [2**39] * 8, "empty": [0, 2**39]}.items():
+        yield name, index([row(shape=shape)])
+    yield "again", index([row()] * 5_000)
+    for name, unit in (("lists", "[]"), ("tables", "{}"), ("texts", '""'), ("rows", '["a","int8",[0],"",true]')):
+        start, most = f'{{"schema":"{SCHEMA}","head":{{}},"tensors":[', (INDEX_BYTES - 200) // (len(unit) + 1)
+        yield name, signed(start + ",".join([unit] * most) + "]}")
+    yield "names", signed(start + ",".join([unit] * 1_000_000) + "]}")
+
+
+def test_what_claims_to_be_large_is_refused_with_64_mib_to_spare() -> None:
+    """Of address space, so that what is only reserved counts as well."""
+    given = [*bombs()]
+    done = subprocess.run([sys.executable, "-c", BOMBS], input=repr(given), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert list(told) == [name for name, _ in given]
+    assert told["numbers"] == "its tensors take 40000000000 bytes, 8 came"
+    assert told["names"].startswith("its index is not a text of at most")
+
+
+def test_of_many_mutants_only_our_own_error_comes() -> None:
+    """`python benchmarks/fuzz_wire.py benchmarks/fuzz_wire.json` reads 200,000 of them."""
+    path = Path(__file__).parents[1] / "benchmarks" / "fuzz_wire.py"
+    found = runpy.run_path(str(path))["fuzz"](2000, seed=1)
+    assert sum(sum(counts.values()) for counts in found.values()) == 2000
+    for name in ("flip_index", "flip_data", "cut", "lengthen"):
+        assert found[name].keys() == {"refused"}
+    assert all({"accepted", "refused"} <= found[name].keys() for name in ("edit", "remove", "repeat"))
 
 
 def test_another_version_is_named() -> None:

@@ -267,10 +267,14 @@ def export(
 def profile(
     name: Annotated[str, typer.Option(help="Of the class; by default that of this machine.")] = "",
     reserve: Annotated[str, typer.Option(help="Free memory that is not for training.")] = "384 MiB",
+    server: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of a device of a kit: measure the way to its server too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what this machine can spare, and print it as a class of the fleet."""
     import platform
+    from dataclasses import replace
 
     from lamina import profile as profiles
     from lamina.fleet import quantity
@@ -282,6 +286,10 @@ def profile(
         raise UserError(str(error)) from None
     View(quiet=True).say("training a small network for some seconds")
     found = profiles.profile(name or platform.node() or "device", reserve_bytes)
+    if server:
+        from lamina.deploy import kit, way
+
+        found = replace(found, rates=way.rates(kit.load_device(server)))
     if as_json:
         _print_json(found.to_json())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import UserError
+
+_MARK = ".at-work"
 
 
 def write(path: Path, content: bytes | str, mode: int = 0o644) -> None:
@@ -97,6 +100,44 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"another process is working in {folder}") from error
         yield
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in `folder`, and leave a mark there while this one does: see `was_killed`.
+
+    Raises:
+        UserError: As `lock`.
+    """
+    mark = folder / _MARK
+    with lock(folder):
+        mark.touch()
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+
+
+def was_killed(folder: Path) -> bool:
+    """Whether a process that was `at_work` in `folder` has ended without leaving that; says so once."""
+    mark = folder / _MARK
+    if not mark.exists() or is_locked(folder):
+        return False
+    with contextlib.suppress(FileNotFoundError):  # it has just left
+        mark.unlink()
+        return True
+    return False
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process works in `folder`."""
+    if not folder.is_dir():
+        return False
+    try:
+        with lock(folder):
+            return False
+    except UserError:
+        return True
 
 
 def _lock(handle: int) -> None:

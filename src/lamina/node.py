@@ -185,12 +185,13 @@ class Node:
     def answer(self, index: str, data: bytes) -> tuple[str, bytes]:
         """The answer to a job, whatever comes of it; what went wrong is on standard error, and stays here."""
         try:
-            message = wire.unpack(index, data)
-            known = self.cache.names()
-            if any(not row.sent and known.get(name) != row.sha256 for name, row in message.rows.items()):
-                return wire.pack({"answer": "lacks", "known": known})
-            update = self._train(message, known)
-            return wire.pack(wire.answer_to_json(update) | {STATE: bool(update.state)}, update.arrays)
+            with files.at_work(self._folder):
+                message = wire.unpack(index, data)
+                known = self.cache.names()
+                if any(not row.sent and known.get(name) != row.sha256 for name, row in message.rows.items()):
+                    return wire.pack({"answer": "lacks", "known": known})
+                update = self._train(message, known)
+                return wire.pack(wire.answer_to_json(update) | {STATE: bool(update.state)}, update.arrays)
         except (WireError, UserError) as error:
             return _failed(str(error))
         except Exception as error:  # its text may tell of the data

@@ -54,6 +54,7 @@ class Profile:
         reserve_bytes: Of it that is not for training.
         flops_per_second: Median over local rounds, on one thread, as devices compute.
         rounds: How many were timed.
+        rates: Bytes per second to the server and from it, if that was measured.
     """
 
     name: str
@@ -61,17 +62,20 @@ class Profile:
     reserve_bytes: int
     flops_per_second: float
     rounds: int
+    rates: tuple[float, float] | None = None
 
     def device_class(self) -> DeviceClass:
-        """Budget and rates, rounded down: memory to a MiB, the speed to three digits."""
+        """Budget and rates, rounded down: memory to a MiB, the others to three digits."""
         memory = (self.free.size_bytes - self.reserve_bytes) // _MIB
         speed = _three_digits(self.flops_per_second / 1e6)
-        return DeviceClass(self.name, memory=f"{memory} MiB", speed=f"{speed} MFLOP/s")
+        up, down = (f"{_three_digits(rate * 8 / 1e6)} Mbit/s" for rate in self.rates) if self.rates else (None, None)
+        return DeviceClass(self.name, memory=f"{memory} MiB", speed=f"{speed} MFLOP/s", up_rate=up, down_rate=down)
 
     def to_table(self) -> dict[str, Any]:
         """The `[[fleet]]` table, with the keys that are known."""
         made = self.device_class()
-        return {"name": made.name, "memory": made.memory, "speed": made.speed}
+        table = {key: getattr(made, key) for key in ("name", "memory", "speed", "up_rate", "down_rate")}
+        return {key: value for key, value in table.items() if value is not None}
 
     def toml(self) -> str:
         """The table as text, with what was measured in comments."""
@@ -79,7 +83,9 @@ class Profile:
         notes = (
             f"# memory: {free} free ({self.free.bound}), less a reserve of {reserve}",
             f"# speed: median of {self.rounds} local rounds of {NETWORK}, one thread",
-            '# not measured: up_rate and down_rate, such as "4 Mbit/s"; without them sending takes no time',
+            "# up_rate and down_rate: to the server and from it, one connection"
+            if self.rates
+            else '# not measured: up_rate and down_rate, such as "4 Mbit/s"; without them sending takes no time',
         )
         return "\n".join(notes) + config.dump({"fleet": [self.to_table()]})
 
@@ -93,7 +99,7 @@ class Profile:
             "reserve_bytes": self.reserve_bytes,
             "flops_per_second": self.flops_per_second,
             "timed_rounds": self.rounds,
-            "not_measured": ["up_rate", "down_rate"],
+            "not_measured": [] if self.rates else ["up_rate", "down_rate"],
         }
 
 

@@ -44,6 +44,29 @@ def init(
 
 
 @deploy.command()
+def key(
+    folder: Folder,
+    device: Annotated[int, typer.Argument(metavar="K", help="Which device, from 0.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Replace its key by another.")] = False,
+) -> None:
+    """Make the folder of one device, with a new key: for a device more, or in place of a key that was lost."""
+    from lamina.deploy import kit
+
+    place = kit.add_device(kit.load(folder), device, force)
+    typer.echo(f"device {device}: new key in {place}; copy that folder to the device")
+
+
+@deploy.command()
+def renew(folder: Folder) -> None:
+    """Make a new certificate for the server of a kit, valid from now; devices need nothing new."""
+    from lamina.deploy import keys, kit
+
+    found = kit.load(folder)
+    kit.renew(found)
+    typer.echo(f"new server.crt, valid for {keys.SERVER_DAYS} days: start the server of {found.folder} again")
+
+
+@deploy.command()
 def serve(folder: Folder) -> None:
     """Be the server of a kit, until stopped."""
     from lamina.deploy import kit
@@ -64,7 +87,7 @@ def join(
     from lamina.deploy import kit
     from lamina.deploy.join import join as run_device
 
-    run_device(kit.load_device(folder, device))
+    run_device(kit.load_device(folder, device), typer.echo)
 
 
 @deploy.command()

@@ -2,7 +2,8 @@
 
 Flower 1.41 has its interfaces for devices, for operators and for apps on one port, and asks for no proof but of
 devices: who reaches the port can start programs on all of them. The SuperLink therefore listens on loopback, and this,
-in front of it, passes on what is for devices, up to a size.
+in front of it, passes on what is for devices, up to a size. It also takes and gives bytes that mean nothing, by which
+devices measure the way (`lamina.deploy.way`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import cast
 
-DEVICES = "/v1/fleet/"
+DEVICES, PROBE = "/v1/fleet/", "/lamina/probe"
 MOST_BYTES = 16 * 2**20
 """Of a request. Flower cuts arrays into pieces of 5 MiB."""
 MOST_CONNECTIONS = 512
@@ -97,8 +98,8 @@ class _Passing(BaseHTTPRequestHandler):
     server: Front
 
     def do_POST(self) -> None:
-        """Pass a request on, or refuse it."""
-        if not self.path.startswith(DEVICES) or ".." in self.path or "%" in self.path:
+        """Pass a request on, drop it if it measures the way, or refuse it."""
+        if self.path != PROBE and (not self.path.startswith(DEVICES) or ".." in self.path or "%" in self.path):
             return self._refuse(403, "only devices are served here")
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal()) or "Transfer-Encoding" in self.headers:
@@ -106,15 +107,28 @@ class _Passing(BaseHTTPRequestHandler):
         if int(length) > MOST_BYTES:
             return self._refuse(413, f"more than {MOST_BYTES} bytes")
         try:
+            if self.path == PROBE:
+                for _ in self._blocks(int(length)):
+                    pass
+                return self._answer(b"")
             self._pass(int(length))
         except (OSError, http.client.HTTPException):
             self._refuse(502, "the SuperLink does not answer")
 
     def do_GET(self) -> None:
-        """Nothing is served that one could get."""
+        """Nothing is served that one could get, but bytes that measure the way."""
+        way, _, size = self.path.rpartition("/")
+        if way == PROBE and size.isascii() and size.isdecimal() and int(size[:9]) <= MOST_BYTES and len(size) < 9:
+            return self._answer(bytes(int(size)))
         self._refuse(403, "only devices are served here")
 
     do_PUT = do_DELETE = do_PATCH = do_HEAD = do_OPTIONS = do_GET
+
+    def _answer(self, content: bytes) -> None:
+        self.send_response_only(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def _pass(self, length: int) -> None:
         host, port = self.server.upstream

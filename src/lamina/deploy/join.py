@@ -1,52 +1,45 @@
-"""A device: check the way to the server, naming what is wrong, then become Flower's SuperNode."""
+"""A device: check the way to the server, naming what is wrong, then start Flower's SuperNode and keep it."""
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
+import json
 import os
 import socket
 import ssl
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lamina import config, files
 from lamina.deploy import processes
-from lamina.deploy.kit import Device
+from lamina.deploy.kit import CACHE, Device
 from lamina.errors import UserError
 
 CONNECT_SECONDS = 5
 MOST_SKEW_SECONDS = 240
 """Flower accepts signatures that are 300 s old."""
-EXPERIMENT, PROFILE, CACHE = "experiment.toml", "profile.toml", "cache"
+EXPERIMENT, PROFILE, NODE = "experiment.toml", "profile.toml", "node.json"
 
 
-def join(device: Device) -> None:
-    """Check everything, then turn this process into a SuperNode, which serves until it is stopped.
+def join(device: Device, say: Callable[[str], None]) -> None:
+    """Check everything, then turn this process into the one that keeps a SuperNode until it is stopped.
 
     Raises:
         UserError: Something is wrong, and what.
     """
-    command = supernode_command(device, processes.free_port())
-    table = node_config(device)
-    check(device)
-    enter(device)
-    files.write(device.folder / "node.toml", config.dump(table))
-    os.chdir(device.folder)
-    os.execve(command[0], command, processes.environment(device.folder / "flower"))
-
-
-def supernode_command(device: Device, port: int) -> list[str]:
-    """A SuperNode that trusts the kit's CA alone; its own interface is on loopback."""
-    return [
-        processes.program("flower-supernode"),
-        *("--superlink", device.address),
-        *("--root-certificates", str(device.folder / "ca.crt")),
-        *("--auth-supernode-private-key", str(device.folder / "device.key")),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--node-config", str(device.folder / "node.toml")),
-    ]
+    with files.lock(device.folder):
+        processes.supernode_command(device)
+        table = node_config(device)
+        check(device)
+        enter(device)
+        files.write(device.folder / "node.toml", config.dump(table))
+    say(f"device {device.device} may join {device.address}; what follows is its SuperNode's; Ctrl-C stops")
+    os.execv(sys.executable, [sys.executable, "-m", "lamina.deploy.keep", str(device.folder)])
 
 
 def node_config(device: Device) -> dict[str, Any]:
@@ -105,7 +98,8 @@ def _distrusted(device: Device, path: Path, reason: str) -> str:
     where = device.address
     if "expired" in reason or "not yet valid" in reason:
         return (
-            f"the certificate of {where} is not valid now ({reason}): check the clock here, or renew it on the server"
+            f"the certificate of {where} is not valid now ({reason}): check the clock here, or make a new one on the "
+            "server with: lamina deploy renew KIT"
         )
     if "mismatch" in reason or "not valid for" in reason:
         return f"the certificate of {where} is for another name ({reason}): connect by the name the kit was made for"
@@ -114,6 +108,8 @@ def _distrusted(device: Device, path: Path, reason: str) -> str:
 
 def enter(device: Device) -> None:
     """See that the server lets this device in: announce it with its key, and take that back.
+
+    What the server may still take for this device, since it was killed, ends with that.
 
     Raises:
         UserError: The key is no key, or the server does not know it.
@@ -142,8 +138,12 @@ def enter(device: Device) -> None:
         [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())],
     )
     try:
+        if (before := _node(device)) is not None:
+            with contextlib.suppress(httpx.HTTPStatusError):
+                client.DeactivateNode(DeactivateNodeRequest(node_id=before))
         announced = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=30)
         node = client.ActivateNode(announced).node_id
+        files.write_json(device.folder / NODE, {"node": node, "place": _place(device)})
         client.DeactivateNode(DeactivateNodeRequest(node_id=node))
     except httpx.HTTPStatusError as error:
         raise UserError(_refused(device, error.response.status_code)) from error
@@ -153,11 +153,25 @@ def enter(device: Device) -> None:
         client.close()
 
 
+def _node(device: Device) -> int | None:
+    """Flower's number of this device, if it was let in before from here: a copy elsewhere must not take its place."""
+    try:
+        said = json.loads((device.folder / NODE).read_text(encoding="utf-8"))
+        node, place = said["node"], said["place"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return node if type(node) is int and place == _place(device) else None
+
+
+def _place(device: Device) -> str:
+    return f"{socket.gethostname()} {device.folder}"
+
+
 def _refused(device: Device, status: int) -> str:
     """Why a device was not let in."""
     if status == 412:
         return (
-            f"{device.address} does not let device {device.device} in: its device.pub was not in the kit when the "
-            "server was started, or a process runs as this device already (one that was killed counts for a minute)"
+            f"{device.address} does not let device {device.device} in: its device.pub is not in the kit there, or "
+            "was taken out once, or another machine runs as this device (one that was killed counts for a minute)"
         )
     return f"{device.address} refused device {device.device} (status {status}): do both have the same versions?"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from lamina.errors import UserError
 
 CA_DAYS, SERVER_DAYS = 3650, 825
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -24,6 +28,22 @@ def authority() -> tuple[x509.Certificate, EllipticCurvePrivateKey]:
     made = _certificate(name, name, key.public_key(), key.public_key(), CA_DAYS)
     made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     return made.add_extension(uses, critical=True).sign(key, hashes.SHA256()), key
+
+
+def load_authority(folder: Path) -> tuple[x509.Certificate, EllipticCurvePrivateKey]:
+    """The CA in ca.crt and ca.key of a folder.
+
+    Raises:
+        UserError: They are not a certificate and its key.
+    """
+    try:
+        ca = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    except (ValueError, UnsupportedAlgorithm):
+        raise UserError(f"ca.crt or ca.key in {folder} is damaged: take it from where it was kept") from None
+    if not isinstance(key, EllipticCurvePrivateKey) or key.public_key() != ca.public_key():
+        raise UserError(f"ca.key in {folder} is not the key of ca.crt: take it from where it was kept")
+    return ca, key
 
 
 def server(host: str, ca: x509.Certificate, ca_key: EllipticCurvePrivateKey) -> tuple[bytes, bytes]:

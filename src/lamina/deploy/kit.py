@@ -25,9 +25,9 @@ from typing import Any, TypeVar
 from lamina import files
 from lamina.errors import UserError
 
-KIT, DEVICE, PORT = "kit.json", "device.json", 8443
+KIT, DEVICE, CACHE, PORT = "kit.json", "device.json", "cache", 8443
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
-_SCHEMA = "lamina.kit/1"
+_SCHEMA, _MOST_DEVICES = "lamina.kit/1", 1000
 
 T = TypeVar("T", "Kit", "Device")
 
@@ -112,15 +112,56 @@ def make(folder: Path, host: str, port: int, devices: int, force: bool) -> Kit:
         files.write(made / "server.crt", certificate)
         files.write(made / "lamina-server.service", _text("server.service"))
         files.write(made / "README.md", _text("README.md").replace("HOST", host).replace("PORT", str(port)))
-        for index in range(devices):
-            place, (private, public) = made / "devices" / str(index), keys.device()
-            files.write(place / "device.key", private, 0o600)
-            files.write(place / "device.pub", public)
-            files.write(place / "ca.crt", keys.pem(ca))
-            files.write(place / "lamina-device.service", _text("device.service"))
-            files.write_json(place / DEVICE, known | {"device": index})
         files.write_json(made / KIT, known | {"devices": devices})
+        for index in range(devices):
+            _fill(made / "devices" / str(index), Device(folder, host, port, index), keys.pem(ca))
     return Kit(folder, host, port, devices)
+
+
+def _fill(place: Path, device: Device, ca: bytes) -> None:
+    """Write what a device needs, with a new pair of keys."""
+    from lamina.deploy import keys
+
+    private, public = keys.device()
+    files.write(place / "device.key", private, 0o600)
+    files.write(place / "device.pub", public)
+    files.write(place / "ca.crt", ca)
+    files.write(place / "lamina-device.service", _text("device.service"))
+    table = {"schema": _SCHEMA, "host": device.host, "port": device.port, "device": device.device}
+    files.write_json(place / DEVICE, table)
+
+
+def add_device(kit: Kit, device: int, force: bool) -> Path:
+    """Make the folder of a device, with a new pair of keys; returns it.
+
+    Args:
+        kit: Where.
+        device: Index of the device.
+        force: Replace one that is there; its key is not accepted any more.
+
+    Raises:
+        UserError: The index is not accepted, or there is one already.
+    """
+    if not 0 <= device < _MOST_DEVICES:
+        raise UserError(f"a device is counted from 0 and below {_MOST_DEVICES}, got {device}")
+    place = kit.folder / "devices" / str(device)
+    with files.new_folder(place, DEVICE if force else None) as made:
+        _fill(made, Device(place, kit.host, kit.port, device), (kit.folder / "ca.crt").read_bytes())
+    return place
+
+
+def renew(kit: Kit) -> None:
+    """Give the server a new certificate and key; what devices have stays good.
+
+    Raises:
+        UserError: The CA's key is not here, or not the CA's.
+    """
+    from lamina.deploy import keys
+
+    _demand_files(kit.folder, (), ("ca.key",))
+    certificate, key = keys.server(kit.host, *keys.load_authority(kit.folder))
+    files.write(kit.folder / "server.key", key, 0o600)
+    files.write(kit.folder / "server.crt", certificate)
 
 
 def load(folder: Path) -> Kit:
@@ -183,8 +224,8 @@ def _demand(host: str, port: int, devices: int) -> None:
         raise UserError(f"--server takes the name or address by which devices reach the server, got {host!r}")
     if not 1 <= port <= 65535:
         raise UserError(f"--port must be in 1..65535, got {port}")
-    if not 1 <= devices <= 1000:
-        raise UserError(f"--devices must be in 1..1000, got {devices}")
+    if not 1 <= devices <= _MOST_DEVICES:
+        raise UserError(f"--devices must be in 1..{_MOST_DEVICES}, got {devices}")
 
 
 def _is_ip(host: str) -> bool:

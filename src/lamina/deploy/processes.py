@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from lamina import files
-from lamina.deploy.kit import Kit
+from lamina.deploy.kit import Device, Kit
 from lamina.errors import UserError
 
 LINK = "lamina"
@@ -69,6 +69,18 @@ def superlink_command(kit: Kit, port: int) -> list[str]:
     ]
 
 
+def supernode_command(device: Device) -> list[str]:
+    """A SuperNode that trusts the kit's CA alone; its own interface is on loopback."""
+    return [
+        program("flower-supernode"),
+        *("--superlink", device.address),
+        *("--root-certificates", str(device.folder / "ca.crt")),
+        *("--auth-supernode-private-key", str(device.folder / "device.key")),
+        *("--host", "127.0.0.1", "--port", str(free_port())),
+        *("--node-config", str(device.folder / "node.toml")),
+    ]
+
+
 def home(kit: Kit) -> Path:
     """Where Flower keeps the settings of a kit's server."""
     return kit.state / "flower"
@@ -95,7 +107,7 @@ def free_port() -> int:
 
 @contextmanager
 def child(
-    command: Sequence[str], env: dict[str, str], cwd: Path, out: IO[str] | int
+    command: Sequence[str], env: dict[str, str], cwd: Path, out: IO[str] | int | None
 ) -> Iterator[subprocess.Popen[str]]:
     """A process in a session of its own, ended with the context, and by the system if this process is killed."""
     process = subprocess.Popen(

@@ -34,7 +34,7 @@ def demand_server(kit: Kit) -> None:
     Raises:
         UserError: It does not.
     """
-    if not is_locked(kit.state):
+    if not files.is_locked(kit.state):
         raise UserError(f"no server of {kit.folder} runs here; start it with: lamina deploy serve {kit.folder}")
 
 
@@ -151,7 +151,7 @@ class Submitted:
 
     def going(self) -> bool:
         """Whether it still runs: the stream says so, or, when that broke, the server."""
-        if not is_locked(self._kit.state):
+        if not files.is_locked(self._kit.state):
             self._tail.append("error: the server has ended; start it again and go on with --resume")
             return False
         if self._process.poll() is None:
@@ -204,14 +204,3 @@ def _flwr(kit: Kit, *arguments: str) -> str:
     env = processes.environment(processes.home(kit))
     command = [processes.program("flwr"), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether another process works in a folder."""
-    if not folder.is_dir():
-        return False
-    try:
-        with files.lock(folder):
-            return False
-    except UserError:
-        return True

@@ -5,9 +5,12 @@ Beutel et al. (2020), "Flower: A Friendly Federated Learning Research Framework"
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +27,10 @@ from lamina.spec import Spec
 from lamina.units import duration
 from lamina.wire import WireError
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, PULLS_PER_SECOND = 0.5, 20
+"""How often answers are asked for, each for itself, but not more of them: a SuperLink can do three times that."""
+LOOK_SECONDS = 5.0
+"""How often a round looks whether its devices are still there."""
 HELLO_SECONDS = 60.0
 """How long a round waits for a device that has just connected to say who it is."""
 SKEW_SECONDS = 120.0
@@ -65,6 +71,7 @@ class Peer:
 
     Attributes:
         node: Flower's number of it.
+        since: When it connected, as Flower says it: a node that was started again has no job any more.
         device: Its index.
         class_name: As it says.
         budget: As it says: resource -> amount or None.
@@ -73,6 +80,7 @@ class Peer:
     """
 
     node: int
+    since: str
     device: int
     class_name: str
     budget: Mapping[str, int | None]
@@ -100,7 +108,9 @@ class Peers:
     traffic: Counter[str] = field(default_factory=Counter)
     here: dict[int, Peer] = field(default_factory=dict)
     _hellos: dict[str, tuple[int, float]] = field(default_factory=dict)
-    _seen: set[int] = field(default_factory=set)
+    _seen: dict[int, str] = field(default_factory=dict)
+    _pulls: dict[str, Future[list[Message | None]]] = field(default_factory=dict)
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "pull"))
 
     def gather(self) -> Mapping[int, Peer]:
         """Wait for all devices, but not for ever; returns those that are connected."""
@@ -109,7 +119,7 @@ class Peers:
 
     def look(self) -> None:
         """See who is there, and let those who have just come say who they are."""
-        self._greet()
+        self.watch()
         self.wait(lambda: not self._hellos, HELLO_SECONDS)
 
     def wait(self, enough: Callable[[], bool], seconds: float) -> bool:
@@ -119,7 +129,7 @@ class Peers:
             if time.monotonic() >= end:
                 return False
             time.sleep(POLL_SECONDS)
-            self._greet()
+            self.watch()
             if self._hellos:
                 self.pull(())
         return True
@@ -130,39 +140,56 @@ class Peers:
         message = Message(record(index, data), dst_node_id=node, message_type=kind, ttl=ttl_seconds)
         return next(iter(self.grid.push_messages([message])))
 
-    def pull(self, asked: Iterable[str]) -> list[Message]:
-        """What has come for the given messages."""
-        found = list(self.grid.pull_messages([*asked, *self._hellos]))
-        for reply in found:
-            if sent := self._hellos.pop(reply.metadata.reply_to_message_id, None):
+    def pull(self, asked: Iterable[str]) -> list[tuple[str, Message | None]]:
+        """What has come for the given messages; None for an answer that Flower cannot put together.
+
+        Flower waits for the rest of an answer of which a part has come, for minutes if the device is cut off meanwhile.
+        Each is therefore pulled by a thread of its own: it does not hold up the others, nor the end of a round.
+        """
+        for key in (*asked, *self._hellos):
+            if key not in self._pulls:
+                self._pulls[key] = self._pool.submit(self._pull, key)
+        futures.wait(self._pulls.values(), POLL_SECONDS)
+        done = [key for key, pull in self._pulls.items() if pull.done()]
+        found = [(key, reply) for key in done for reply in self._pulls.pop(key).result()]
+        for key, reply in found:
+            if sent := self._hellos.pop(key, None):
                 self._welcome(reply, *sent)
         return found
 
-    def unpack(self, reply: Message) -> wire.Message:
+    def _pull(self, key: str) -> list[Message | None]:
+        try:
+            return list(self.grid.pull_messages([key]))
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError):
+            return [None]
+
+    def unpack(self, reply: Message | None) -> wire.Message:
         """What a reply says.
 
         Raises:
             WireError: It is not what it should be.
         """
+        if reply is None:
+            raise WireError("it cannot be put together")
+        if reply.has_error():
+            raise WireError(told(reply))
         index, data = parts(reply.content)
         self.traffic["received"] += len(index) + len(data)
         return wire.unpack(index, data)
 
-    def _greet(self) -> None:
-        """Ask who is new what it is, and forget who has gone."""
-        nodes = set(self.grid.get_node_ids())
-        self.here = {device: peer for device, peer in self.here.items() if peer.node in nodes}
-        self._hellos = {key: sent for key, sent in self._hellos.items() if sent[0] in nodes}
-        self._seen &= nodes
-        for node in sorted(nodes - self._seen):
-            self._seen.add(node)
+    def watch(self) -> None:
+        """Ask who is new, or was started again, what it is, and forget who has gone."""
+        nodes = {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+        same = {node for node, since in nodes.items() if self._seen.get(node) == since}
+        self.here = {device: peer for device, peer in self.here.items() if peer.node in same}
+        self._hellos = {key: sent for key, sent in self._hellos.items() if sent[0] in same}
+        self._seen = nodes
+        for node in sorted(nodes.keys() - same):
             self._hellos[self.push(node, "query", *wire.pack({}))] = (node, time.time())
 
-    def _welcome(self, reply: Message, node: int, sent: float) -> None:
+    def _welcome(self, reply: Message | None, node: int, sent: float) -> None:
         """Take in what a device says of itself."""
         try:
-            if reply.has_error():
-                raise WireError(told(reply))
             message = self.unpack(reply)
             if "reason" in message.head:
                 raise WireError(wire.short(message.get("reason", str), 300, plain=True))
@@ -176,7 +203,7 @@ class Peers:
                 raise WireError(
                     f"it says that it is device {device}, which is another node's; each needs its own index"
                 )
-            peer = Peer(node, device, message.get("class", str), budget, examples, known(message))
+            peer = Peer(node, self._seen[node], device, message.get("class", str), budget, examples, known(message))
             skew = _skew(message.get("seconds", float), sent)
         except WireError as error:
             self.say(f"note: node {node} does not take part: {error}")
@@ -184,6 +211,10 @@ class Peers:
         self.here[device] = peer
         if abs(skew) > SKEW_SECONDS:
             self.say(f"note: the clock of device {device} differs by {skew:.0f} s from the server's")
+
+
+Asked = tuple[Job, Peer]
+"""A job, and whom it was given."""
 
 
 @dataclass
@@ -215,16 +246,17 @@ class FlowerEngine:
             UserError: Fewer than `min_updates` devices are connected, and waiting for the others was in vain.
         """
         self.peers.look()
-        asked, absent = dict[str, Job](), list[Job]()
+        asked, absent = dict[str, Asked](), list[Job]()
         for job in jobs:
             if job.turn.device in self.peers.here:
-                asked[self._ask(job)] = job
+                asked |= self._ask(job)
             else:
                 absent.append(job)
         if absent and len(asked) < self.min_updates:
             self._wait(absent, self.min_updates - len(asked))
-            asked |= {self._ask(job): job for job in absent if job.turn.device in self.peers.here}
-        waiting = {job.turn.device for job in asked.values()}
+            for job in absent:
+                asked |= self._ask(job) if job.turn.device in self.peers.here else {}
+        waiting = {job.turn.device for job, _ in asked.values()}
         yield from (Failure(job.turn, "not connected") for job in absent if job.turn.device not in waiting)
         yield from self._answers(asked)
 
@@ -238,30 +270,36 @@ class FlowerEngine:
                 f"and without them there are fewer than {self.min_updates}; start them, then go on with --resume"
             )
 
-    def _answers(self, asked: dict[str, Job]) -> Iterator[Update | Failure]:
+    def _answers(self, asked: dict[str, Asked]) -> Iterator[Update | Failure]:
         """What comes in answer, until the round is over."""
-        end = time.monotonic() + self.deadline_seconds if self.deadline_seconds else None
-        again, used = set[int](), 0
-        while asked and (self.wanted is None or used < self.wanted) and (end is None or time.monotonic() < end):
-            for reply in self.peers.pull(asked):
-                job = asked.get(reply.metadata.reply_to_message_id)
-                if job is None or used == self.wanted:  # answered before, or too late
+        begun, again, used = time.monotonic(), set[int](), 0
+        end, look = begun + (self.deadline_seconds or math.inf), begun + LOOK_SECONDS
+        while asked and (self.wanted is None or used < self.wanted) and time.monotonic() < end:
+            for key, reply in self.peers.pull(asked):
+                if key not in asked or used == self.wanted:  # answered before, or too late
                     continue
-                del asked[reply.metadata.reply_to_message_id]
+                job, peer = asked.pop(key)
                 answer = self._read(reply, job)
                 if answer is None and job.turn.device not in again and job.turn.device in self.peers.here:
                     again.add(job.turn.device)
-                    asked[self._ask(job)] = job
+                    asked |= self._ask(job)
                     continue
                 used += isinstance(answer, Update)
                 yield answer or Failure(job.turn, "lacks tensors that it was sent")
+            if time.monotonic() > look:
+                self.peers.watch()
+                look = time.monotonic() + LOOK_SECONDS
+            for key, (job, peer) in list(asked.items()):
+                if self.peers.here.get(job.turn.device) is not peer:
+                    del asked[key]
+                    yield Failure(job.turn, _ERRORS[5])
             if asked:
-                time.sleep(POLL_SECONDS)
-        yield from (Failure(job.turn, LATE) for job in asked.values())
+                time.sleep(max(POLL_SECONDS, len(asked) / PULLS_PER_SECOND))
+        yield from (Failure(job.turn, LATE) for job, _ in asked.values())
 
-    def _read(self, reply: Message, job: Job) -> Update | Failure | None:
+    def _read(self, reply: Message | None, job: Job) -> Update | Failure | None:
         """The answer to a job, checked; None if the device lacks tensors of it."""
-        if reply.has_error():
+        if reply and reply.has_error():
             return Failure(job.turn, told(reply))
         try:
             message = self.peers.unpack(reply)
@@ -276,14 +314,14 @@ class FlowerEngine:
         except WireError as error:
             return Failure(job.turn, f"its answer is refused: {error}")
 
-    def _ask(self, job: Job) -> str:
-        """Send a job to its device; the id of the message."""
+    def _ask(self, job: Job) -> dict[str, Asked]:
+        """Send a job to its device; by the id of the message, what was asked of whom."""
         peer = self.peers.here[job.turn.device]
         kept = int(job.state["round"]) if job.state else -1
         head = wire.job_to_json(job, self.spec) | {"base": self.base, "run": self.run_id, STATE: kept}
         index, data = wire.pack(head, job.arrays, frozenset(peer.known.values()))
         peer.known |= {name: row.sha256 for name, row in wire.read_index(index)[1].items()}
-        return self.peers.push(peer.node, "train", index, data, self.deadline_seconds or None)
+        return {self.peers.push(peer.node, "train", index, data, self.deadline_seconds or None): (job, peer)}
 
 
 def told(reply: Message) -> str:

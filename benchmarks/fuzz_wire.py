@@ -23,8 +23,8 @@ import torch
 from lamina import files, model, wire
 from lamina.job import Job, Local, Turn, Update
 from lamina.limits import resident_peak, start_count
+from lamina.machine import environment
 from lamina.methods import METHODS
-from lamina.run import environment
 from lamina.spec import Spec
 from lamina.wire import WireError
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lamina import checkpoint, files, model
-from lamina.run import environment
+from lamina.machine import environment
 from lamina.spec import Spec, layout
 
 _RMS = {"norm": "rms", "gated": True, "act": "silu", "biases": (), "rotary": 10000.0}

@@ -18,8 +18,9 @@ from unittest.mock import patch
 
 from lamina import config, files, server
 from lamina.levers import Levers
+from lamina.machine import environment
 from lamina.planner import Choice, choose_plan
-from lamina.run import environment, start
+from lamina.run import start
 
 EXACT = Levers(chunked_loss=True, fused_update=True, prefix_cache="disk", recompute=True)
 ROWS = {

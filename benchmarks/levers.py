@@ -26,10 +26,10 @@ from lamina import client, files, model
 from lamina.cost import cost
 from lamina.job import Local, Turn
 from lamina.levers import Levers
+from lamina.machine import environment
 from lamina.measure import measure, work
 from lamina.methods import METHODS
 from lamina.plan import Plan
-from lamina.run import environment
 from lamina.spec import Spec
 
 BLOCKS, EMBED, HEADS, TOKENS, BATCH = 12, 256, 8, 128, 8

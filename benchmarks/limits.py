@@ -19,8 +19,8 @@ from lamina import files
 from lamina.cost import cost
 from lamina.device import Devices
 from lamina.job import Failure
+from lamina.machine import environment
 from lamina.measure import measure, work
-from lamina.run import environment
 from lamina.turn import generator
 
 CELLS, LEAST, MOST = 20, 8 * 2**20, 2**30

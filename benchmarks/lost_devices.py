@@ -28,7 +28,7 @@ from proxy import Proxy, proxied
 
 from lamina import files
 from lamina.deploy.processes import free_port, program, stopped_by_signals
-from lamina.run import environment
+from lamina.machine import environment
 
 EXPERIMENT = """
 name = "lost"

@@ -27,10 +27,10 @@ from lamina import files, model
 from lamina.cost import cost
 from lamina.job import Local, Turn
 from lamina.levers import Levers
+from lamina.machine import environment
 from lamina.measure import watch
 from lamina.methods import METHODS
 from lamina.plan import Plan
-from lamina.run import environment
 from lamina.spec import Spec
 from lamina.turn import generator
 

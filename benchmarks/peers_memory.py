@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 
 from lamina import files
 from lamina.limits import resident_peak, start_count
-from lamina.run import environment
+from lamina.machine import environment
 from lamina.watch import Watch, count_allocations
 
 GRID: dict[str, tuple[Any, ...]] = {

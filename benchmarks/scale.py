@@ -29,8 +29,9 @@ import torch
 from lamina import checkpoint, config, files, model
 from lamina.cost import cost
 from lamina.job import Job, Local, Turn, Update
+from lamina.machine import environment
 from lamina.methods.blocks import Caff
-from lamina.run import environment, start
+from lamina.run import start
 from lamina.server import play_round
 from lamina.spec import Spec
 

@@ -26,7 +26,8 @@ from lamina.data.text import decode
 from lamina.engines.local import LocalEngine
 from lamina.experiment import load_task, look_ahead
 from lamina.methods import METHODS
-from lamina.run import Run, first_state
+from lamina.origin import first_state
+from lamina.run import Run
 from lamina.server import play_round
 
 ROUNDS, ROWS = 10, 2

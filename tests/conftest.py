@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from lamina import model
 from lamina.layout import Params
-from lamina.run import usable_cores
+from lamina.machine import usable_cores
 from lamina.spec import Spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which only test modules do

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support import Table, begin, lines, memory, outcome, write_world
 
-from lamina import cli, config, files, run, server, tables
+from lamina import cli, config, files, machine, run, server, tables
 from lamina.errors import UserError
 from lamina.experiment import load_task, look_ahead
 from lamina.explain import explain
@@ -444,7 +444,7 @@ def test_a_stop_says_how_to_go_on(file: Path, lamina: Call, tmp_path: Path) -> N
 
 def test_a_resume_on_another_machine_is_warned_about(file: Path, lamina: Call, tmp_path: Path) -> None:
     folder = begin(config.load_experiment(file).to_table(), tmp_path).folder
-    files.write_json(folder / "env.json", run.environment() | {"torch": "0.1"})
+    files.write_json(folder / "env.json", machine.environment() | {"torch": "0.1"})
     code, out, _ = lamina("run", "--resume", folder)
     assert code == 0
     assert "warning: torch was 0.1, is " in out

@@ -82,6 +82,7 @@ def test_a_file_gives_what_it_says_and_every_default(file: Path) -> None:
         eval_every=0,
         eval_devices=0,
         validation=0.0,
+        clip_updates=0.0,
         workers=0,
         task=Shakespeare(window=16, scored=4),
         method=Caff(),
@@ -144,8 +145,8 @@ def test_a_delete_character_is_dumped_too() -> None:
 
 
 TOP = (
-    "name, rounds, cohort, networks, seed, eval_every, eval_devices, validation, workers, levers, enforce, engine, "
-    "device, precision, prefix_ram, prefix_disk, track, task, method, local, fleet, clock"
+    "name, rounds, cohort, networks, seed, eval_every, eval_devices, validation, clip_updates, workers, levers, "
+    "enforce, engine, device, precision, prefix_ram, prefix_disk, track, task, method, local, fleet, clock"
 )
 METHOD_NAMES = ", ".join(METHODS)
 FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate, devices"
@@ -246,6 +247,7 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         ("clock.availability=diurnal", f": {TIMELESS}"),
         ("engine=stacked", ": engine = 'stacked' is not accepted: Input should be 'auto' or 'serial'"),
         ("validation=1", ": validation must be at least 0 and less than 1, got 1.0"),
+        ("clip_updates=-1", ": clip_updates must be finite and not negative, got -1.0"),
         ("prefix_ram=-1", ': prefix_ram must be a quantity above 0, such as 64000000 or "61 MiB"; got -1'),
         ("fleet=[3]", ": [[fleet]] 1 must be a table, got 3"),
         ("fleet=[]", ": [[fleet]] needs at least one class, each with a name of its own; got []"),

@@ -48,6 +48,7 @@ from lamina.ops import TORCH
 from lamina.plan import Plan, Vote, narrow
 from lamina.planner import Fleet
 from lamina.run import resume
+from lamina.server import bound
 from lamina.spec import Spec
 from lamina.state import State
 
@@ -233,6 +234,32 @@ def test_a_device_gives_back_what_its_plan_trains_and_nothing_else_moves(
             assert torch.equal(after[name][outside], server.params[name][outside])
         assert moved(server.params, after)
     assert bits(server.params) == untouched
+
+
+@every_method
+def test_no_update_moves_more_than_its_bound(method: Method, world: Table, tmp_path: Path) -> None:
+    server, shard = Server(method), begin(on(world, method), tmp_path).task.train[0]
+    for plan in {server.plans[0], server.plans[-1]}:
+        job = server.job(plan)
+        vote = method.decode(unfold(client.train(job.owned(), shard, server.spec), job), job, server.spec)
+        alike = {name for name, p in job.arrays.items() if name in vote.arrays and vote.arrays[name].shape == p.shape}
+        start = {name: job.arrays[name] for name in alike}
+        for name in vote.arrays.keys() - alike:
+            index = vote.plan.index(server.layout, name)
+            start[name] = server.params[name] if index is None else server.params[name][index]
+
+        def norm(arrays: Params, start: Params = start) -> float:
+            return math.sqrt(
+                sum(float((array.double() - start[name]).square().sum()) for name, array in arrays.items())
+            )
+
+        whole = norm(vote.arrays)
+        assert bound(vote, job, server.params, server.spec, 1.001 * whole) is vote
+        cut = bound(vote, job, server.params, server.spec, whole / 3)
+        assert norm(cut.arrays) == pytest.approx(whole / 3, rel=1e-3)
+        assert replace(cut, arrays=vote.arrays) == vote
+        for name, array in cut.arrays.items():
+            assert torch.allclose(array - start[name], (vote.arrays[name] - start[name]) / 3, atol=1e-5)
 
 
 @every_method

@@ -16,7 +16,7 @@ import torch
 from support import Table, begin, bits, lines, memory, moved, outcome, write_world
 from transformers import GPT2LMHeadModel  # type: ignore[import-not-found, unused-ignore]
 
-from lamina import checkpoint, config, files, model, run
+from lamina import checkpoint, config, files, machine, model, run
 from lamina.errors import UserError
 from lamina.run import resume, start
 
@@ -49,7 +49,7 @@ def test_twice_is_the_same_bit_for_bit(world: Table, finished: Path, tmp_path: P
 def test_the_number_of_workers_changes_nothing(workers: int, world: Table, finished: Path, tmp_path: Path) -> None:
     table = world | {"workers": workers}
     parallel = begin(table, tmp_path)
-    assert parallel.workers == (workers or run.usable_cores())
+    assert parallel.workers == (workers or machine.usable_cores())
     parallel.play()
     assert outcome(parallel.folder) == outcome(finished)
 
@@ -439,7 +439,7 @@ def test_the_report_shows_classes_networks_and_blocks(finished: Path) -> None:
 
 def test_changes_of_the_machine_are_told(world: Table, tmp_path: Path) -> None:
     folder = start(config.experiment(world, "test"), tmp_path).folder
-    assert run.changes_since(folder) == []
-    old = run.environment() | {"torch": "1.0", "cores": 7}  # their number changes no bits
+    assert machine.changes_since(folder) == []
+    old = machine.environment() | {"torch": "1.0", "cores": 7}  # their number changes no bits
     files.write_json(folder / "env.json", old)
-    assert run.changes_since(folder) == [f"torch was 1.0, is {torch.__version__}"]
+    assert machine.changes_since(folder) == [f"torch was 1.0, is {torch.__version__}"]

@@ -1,5 +1,6 @@
 """The round engine: what it refuses, what that changes, and what a round costs."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -179,6 +180,39 @@ def test_a_bad_update_is_left_out_and_counted(
     assert state.totals["rejected_updates"] == 1
     assert state.totals["updates"] == 4
     assert [row for row in rows if row.device != bad] == [row for row in honest[1] if row.device != bad]
+
+
+def test_an_update_that_is_too_large_is_scaled_to_the_bound(
+    run: Run, honest: tuple[State, list[DeviceRow], list[Vote]]
+) -> None:
+    """A million times too large, it counts as one of the bound; those below it count as they are, to the bit."""
+
+    def change(vote: Vote) -> dict[str, Tensor]:
+        return {name: array.double() - run.state.params[name] for name, array in vote.arrays.items()}
+
+    def norm(changes: dict[str, Tensor]) -> float:
+        return math.sqrt(sum(float(each.square().sum()) for each in changes.values()))
+
+    bad, votes = cohort(run, STRONG)[0], honest[2]
+    most = 1.01 * max(norm(change(vote)) for vote in votes)
+    (vote,) = [vote for vote in votes if vote.device == bad]
+    scale = most / norm(change(vote))
+
+    def moves(factor: float) -> dict[str, Tensor]:
+        return {name: (run.state.params[name] + factor * each).float() for name, each in change(vote).items()}
+
+    large = spoil([bad], lambda update: [replace(update, arrays=moves(1e6))])
+    bounded = replace(run, experiment=replace(run.experiment, clip_updates=most))
+    state, rows = play(bounded, Devices(bounded, large))
+    assert [row.device for row in rows if row.clipped] == [bad] and not any(row.rejected for row in rows)
+    others = [each for each in votes if each.device != bad]
+    wanted = sorted([*others, replace(vote, arrays=moves(scale))], key=lambda vote: vote.device)
+    merged = merge(run.state.params, model.layout(spec(3)), wanted, "keep")
+    for name, p in merged.items():
+        assert torch.allclose(state.params[name], p, rtol=0, atol=1e-6), name
+    assert bits(play(bounded, Devices(bounded, lambda update: [update]))[0].params) == bits(honest[0].params)
+    loose, _ = play(run, Devices(run, large))
+    assert norm({name: loose.params[name].double() - p for name, p in run.state.params.items()}) > 1e4 * most
 
 
 def duplicate(update: Update) -> list[Update]:

@@ -45,7 +45,7 @@ def run(
     """Run an experiment: plan, train round by round, report."""
     if (file is None) == (resume is None) or (resume and overrides):
         raise UserError("lamina run takes a TOML file, or --resume FOLDER alone")
-    from lamina import config
+    from lamina import config, machine
     from lamina import run as runs
     from lamina.view import View
 
@@ -55,7 +55,7 @@ def run(
             runs.demand_unfinished(resume)
             held.enter_context(files.lock(resume))
             current = runs.resume(resume)
-            for change in runs.changes_since(resume):
+            for change in machine.changes_since(resume):
                 view.say(f"warning: {change}; the result may differ in its last bits from that of an unbroken run")
         else:
             assert file is not None

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class Experiment:
         eval_devices: Devices that are evaluated: so many with test examples, drawn once for the run; 0 takes all.
         validation: Share of each device's training examples, the last ones, that replace its test examples, so that
             settings can be chosen without looking at what is reported; 0 leaves both as they are.
+        clip_updates: Largest Euclidean norm of the change that an update may make, over all its tensors; a larger
+            change is scaled to it, so that no device moves the mean by more than its share of that. 0: no bound.
         workers: Simulated devices computed at a time; 0 takes one per core. Changes no result. On a card, one.
         levers: Ways to save memory that the planner may use, where a plan would not fit without: "none", "exact" (those
             that leave the mathematics as it is), "all", or a list of names; see `docs/levers.md`.
@@ -76,6 +79,7 @@ class Experiment:
     eval_every: int = 0
     eval_devices: int = 0
     validation: float = 0.0
+    clip_updates: float = 0.0
     workers: int = 0
     levers: Allowed = "none"
     enforce: bool = False
@@ -107,6 +111,8 @@ class Experiment:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation must be at least 0 and less than 1, got {self.validation}")
+        if not 0 <= self.clip_updates < math.inf:
+            raise ValueError(f"clip_updates must be finite and not negative, got {self.clip_updates}")
         list(rungs(self.levers))
         placement.check(self.device)
         if self.enforce and self.device != "cpu":

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from lamina import config, files, networks, wire
+from lamina import config, files, machine, networks, wire
 from lamina import run as runs
 from lamina.clock import Clock
 from lamina.config import Experiment
@@ -102,7 +102,7 @@ def _begin(table: AppTable, grid: Grid, view: View, held: ExitStack) -> tuple[Ru
         runs.demand_unfinished(folder)
         held.enter_context(files.lock(folder))
         run = runs.resume(folder)
-        for change in runs.changes_since(folder):
+        for change in machine.changes_since(folder):
             view.say(f"warning: {change}; the result may differ in its last bits from that of an unbroken run")
         peers = Peers(grid, len(run.outlook.class_of), table.wait, view.say)
         peers.gather()

@@ -18,7 +18,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ import torch
 from safetensors.numpy import save
 from safetensors.torch import load_file
 
-from lamina import __version__, checkpoint, config, files, imports, model, networks, report, tables, track
+from lamina import checkpoint, config, files, imports, networks, report, tables, track
 from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
@@ -44,18 +43,19 @@ from lamina.experiment import Outlook, load_task, look_ahead
 from lamina.job import Turn
 from lamina.layout import Params
 from lamina.limits import demand_limits
+from lamina.machine import environment, usable_cores
 from lamina.metrics import Score, evaluate
 from lamina.ops import HOST, Ops
+from lamina.origin import first_state
 from lamina.personal import personalise
 from lamina.placement import card, place
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
-from lamina.state import Copies, State
+from lamina.state import State
 from lamina.turn import generator
 
 SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/3"
 _LINES = ("rounds.jsonl", "devices.jsonl")
-_BITS = ("lamina", "torch", "machine")
 
 
 @dataclass(frozen=True)
@@ -326,11 +326,6 @@ def planned(folder: Path) -> Run:
     return run
 
 
-def usable_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def demand_unfinished(folder: Path) -> None:
     """Refuse a folder that holds no run, or a finished one.
 
@@ -341,27 +336,6 @@ def demand_unfinished(folder: Path) -> None:
         raise UserError(f"{folder} is not a run: it has no config.toml")
     if (folder / "summary.json").exists():
         raise UserError(f"the run in {folder} is finished; its result is in {folder / 'report.md'}")
-
-
-def changes_since(folder: Path) -> list[str]:
-    """What differs between the machine a run began on and this one, in what its last bits may depend on."""
-    path = folder / "env.json"
-    then = json.loads(path.read_text()) if path.exists() else {}
-    now = environment()
-    return [f"{key} was {then[key]}, is {now[key]}" for key in _BITS if then.get(key, now[key]) != now[key]]
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine: what a run's last bits may depend on."""
-    return {
-        "lamina": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cores": usable_cores(),
-    }
 
 
 def _anchored(experiment: Experiment) -> Experiment:
@@ -387,37 +361,6 @@ def _prepare(experiment: Experiment) -> Run:
     task = load_task(experiment)
     outlook = look_ahead(experiment, task)
     return Run(Path(), experiment, outlook, task, first_state(experiment, outlook, task))
-
-
-def pretrained(experiment: Experiment, outlook: Outlook, task: Task) -> Params:
-    """The network as the task uses it: its head is fresh unless it was trained for the same classes."""
-    found, found_params = checkpoint.load(outlook.folder)
-    spec = experiment.task.fit(found, outlook.folder)
-    layout = model.layout(spec)
-    if task.labels and (checkpoint.read_labels(outlook.folder) != task.labels or found.pool != spec.pool):
-        found_params = {name: p for name, p in found_params.items() if name not in ("head.weight", "head.bias")}
-    if missing := layout.params.keys() - found_params.keys():
-        seed = int(generator(experiment.seed, "head").integers(2**62))
-        fresh = model.init(spec, torch.Generator().manual_seed(seed))
-        found_params = found_params | {name: fresh[name] for name in missing}
-    return {name: found_params[name] for name in layout.params}
-
-
-def first_state(experiment: Experiment, outlook: Outlook, task: Task) -> State:
-    """The pretrained network, and whatever the method adds, freshly drawn."""
-    start = pretrained(experiment, outlook, task)
-    spec, method = outlook.chosen.spec, experiment.method
-    seed = int(generator(experiment.seed, "init").integers(2**62))
-    params = model.init(spec, torch.Generator().manual_seed(seed))
-    params = method.equip(spec, params | {name: start[name] for name in params.keys() & start.keys()}, start)
-    memory = {
-        name: p.clone()
-        for name, p in method.prepare(
-            spec, params, outlook.fleet(experiment, task), Turn(experiment.seed, 0, experiment.rounds)
-        ).items()
-    }
-    changed = dict.fromkeys([*params, *(f"memory:{name}" for name in memory)], 0)
-    return State(0, params, changed, Copies.none(len(outlook.class_of)), memory)
 
 
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any, TypeGuard
 
 import numpy as np
+from torch import Tensor
 
 from lamina import model
 from lamina.clock import ABANDONED, settle
@@ -49,6 +50,7 @@ class DeviceRow:
         up_bytes: It sent.
         flops: It computed.
         rejected: Why its update was not used, or None.
+        clipped: Whether its change was scaled to `clip_updates`.
         seconds: Of the virtual clock, from the beginning of the round until it had answered or was lost.
     """
 
@@ -65,6 +67,7 @@ class DeviceRow:
     up_bytes: int = 0
     flops: int = 0
     rejected: str | None = None
+    clipped: bool = False
     seconds: float = 0.0
 
 
@@ -282,7 +285,11 @@ class _Round:
         return reason is None
 
     def _vote(self, update: Update, job: Job) -> Vote:
-        return self._method.decode(unfold(update, job), job, self._spec)
+        vote, most = self._method.decode(unfold(update, job), job, self._spec), self._experiment.clip_updates
+        bounded = bound(vote, job, self._state.params, self._spec, most) if most else vote
+        if bounded is not vote:
+            self.rows[vote.device] = replace(self.rows[vote.device], clipped=True)
+        return bounded
 
 
 def begins(experiment: Experiment, outlook: Outlook, now: float) -> float:
@@ -315,6 +322,39 @@ def fault(update: Update | Failure, job: Job, spec: Spec) -> str | None:
     if not math.isfinite(update.loss):
         return "its training loss is not finite"
     return None
+
+
+def bound(vote: Vote, job: Job, params: Params, spec: Spec, most: float) -> Vote:
+    """The vote with a change of at most this norm: the same one where it is, else one of exactly this norm.
+
+    The change of a tensor is from what its device was sent, or, where the vote is in other terms than the job, from the
+    server's. Norms are summed in float64.
+
+    Args:
+        vote: Of a device.
+        job: What it answers.
+        params: The server's tensors before the round.
+        spec: The server's network.
+        most: Largest Euclidean norm of the change, over all tensors.
+    """
+    layout = model.layout(spec)
+
+    def before(name: str, array: Tensor) -> Tensor:
+        sent = job.arrays.get(name)
+        if sent is not None and sent.shape == array.shape:
+            return sent
+        index = vote.plan.index(layout, name)
+        return params[name] if index is None else params[name][index]
+
+    changes = {name: array.double() - before(name, array) for name, array in vote.arrays.items()}
+    norm = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
+    if norm <= most:
+        return vote
+    arrays = {
+        name: (before(name, array) + changes[name] * (most / norm)).to(array.dtype)
+        for name, array in vote.arrays.items()
+    }
+    return replace(vote, arrays=arrays)
 
 
 def _counted(before: State, after: State, played: _Round) -> State:

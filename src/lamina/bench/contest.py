@@ -24,8 +24,8 @@ from lamina.bench.runners.rounds import WEIGHTS
 from lamina.bench.systems import OURS, PEERS, SYSTEMS
 from lamina.bench.workloads import WORKLOADS, prepare
 from lamina.errors import UserError, nearest
+from lamina.machine import environment
 from lamina.placement import card, check, place
-from lamina.run import environment
 
 SCHEMA, RECORD_SCHEMA = "lamina.bench/1", "lamina.bench-record/1"
 TOLERANCE = 1e-3

@@ -1,0 +1,42 @@
+"""This machine and the versions on it: what the last bits of a run may depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lamina import __version__
+
+_BITS = ("lamina", "torch", "machine")
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def changes_since(folder: Path) -> list[str]:
+    """What differs between the machine a run began on and this one, in what its last bits may depend on."""
+    path = folder / "env.json"
+    then = json.loads(path.read_text()) if path.exists() else {}
+    now = environment()
+    return [f"{key} was {then[key]}, is {now[key]}" for key in _BITS if then.get(key, now[key]) != now[key]]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine: what a run's last bits may depend on."""
+    return {
+        "lamina": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": usable_cores(),
+    }

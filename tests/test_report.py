@@ -357,6 +357,14 @@ def test_the_answer_of_a_comparison(collected: Table) -> None:
         "seeds). Level with it, within one standard deviation: level. Beyond the budgets: free 60.0±0.0%. "
         f"Leave devices out: level (50%). Does not fit at all: {NASTY}."
     )
+    rows = {row["label"]: row for row in collected["methods"]}
+    many = [rows["level"] | {"label": f"half {i}"} for i in range(7)]
+    said = answers.of_comparison(collected | {"methods": [*many, rows["poor"]]})
+    assert said.startswith(
+        "half 0, though it leaves out 50% of the devices, is the most accurate within the budgets: 50.0"
+    )
+    assert "Of those that leave no device out, poor is: 30.0±0.0%. Level with it" in said
+    assert "Leave devices out: half 1 (50%), half 2 (50%), half 3 (50%), half 4 (50%), and 2 more." in said
     nothing = collected | {"methods": collected["methods"][-1:]}
     assert answers.of_comparison(nothing) == "No method has run within the budgets."
     assert contrast.of_comparison(nothing, {}) == []

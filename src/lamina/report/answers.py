@@ -14,6 +14,8 @@ from lamina.table import Table
 from lamina.units import duration, human
 
 Row = Mapping[str, Any]
+_MOST = 4
+"""Names in one list of a sentence."""
 
 
 def of_run(summary: Row) -> str:
@@ -52,14 +54,17 @@ def of_comparison(collected: Row) -> str:
             else " (one seed: differences may be chance)."
         )
     ]
+    whole = [row for row in fair if row["took_part"] == 1]
+    if best["took_part"] < 1 and whole:
+        said.append(f"Of those that leave no device out, {whole[0]['label']} is: {score(whole[0])}.")
     if level:
         said.append(f"Level with it, within one standard deviation: {_names(level)}.")
     if free := [row for row in done if over_budget(row)]:
         scores = (f"{row['label']} {score(row)}" for row in free)
-        said.append(f"Beyond the budgets: {', '.join(scores)}.")
+        said.append(f"Beyond the budgets: {_listed(scores)}.")
     if partial := [row for row in fair[1:] if row["took_part"] < 1]:
         parts = (f"{row['label']} ({1 - row['took_part']:.0%})" for row in partial)
-        said.append(f"Leave devices out: {', '.join(parts)}.")
+        said.append(f"Leave devices out: {_listed(parts)}.")
     if misfits := [row for row in collected["methods"] if row.get("misfit")]:
         said.append(f"Does not fit at all: {_names(misfits)}.")
     return " ".join(said)
@@ -70,7 +75,13 @@ def _alone(row: Row) -> str:
 
 
 def _names(rows: Iterable[Row]) -> str:
-    return ", ".join(row["label"] for row in rows)
+    return _listed(row["label"] for row in rows)
+
+
+def _listed(given: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
+    said = list(given)
+    return ", ".join(said if len(said) <= _MOST + 1 else [*said[:_MOST], f"and {len(said) - _MOST} more"])
 
 
 def _count(number: int, name: str) -> str:

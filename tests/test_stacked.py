@@ -1,8 +1,10 @@
 """Devices that are simulated together against devices that are simulated one by one, and what is kept of prefixes."""
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -314,6 +316,29 @@ def test_room_is_used_again() -> None:
         for expected in (0, 0, 10, 20):
             assert prefixes.found == expected
             list(engine.run(changed))
+
+
+def test_a_file_that_takes_little_at_a_time_or_nothing_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, shards = spec(3), [texts(5), texts(5, seed=1)]
+    jobs, room = caff_jobs(network, [1, 1]), 2 * 5 * 8 * 16 * 4
+
+    def played() -> tuple[list[Any], int]:
+        prefixes = Prefixes(0, room)
+        engine = StackedEngine(network, shards, 1, prefixes)
+        list(engine.run(jobs))
+        return [bits(update.arrays) for update in engine.run(jobs)], prefixes.found
+
+    wanted, found = played()
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: write(file, data[:100], at))
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: read(file, [into[0][:100]], at))
+    assert played() == (wanted, found) and found == 20
+
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert played() == (wanted, 0)
 
 
 def test_fewer_bits_and_ragged_steps() -> None:

@@ -7,9 +7,9 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -64,13 +64,22 @@ class _InFile:
     device: torch.device
 
     def write(self, first: int, x: Tensor) -> None:
-        os.pwrite(self.file, x.contiguous().cpu().numpy().data.cast("B"), self._at(first))
+        self._whole(lambda part, at: os.pwrite(self.file, part, at), x.contiguous().cpu(), first)
 
     def read(self, places: np.ndarray) -> Tensor:
         out = torch.empty(len(places), *self.shape)
         for row, place in zip(out, places.tolist(), strict=True):
-            os.preadv(self.file, [row.numpy().data.cast("B")], self._at(place))
+            self._whole(lambda part, at: os.preadv(self.file, [part], at), row, place)
         return out.to(self.device)
+
+    def _whole(self, move: Callable[[memoryview, int], int], x: Tensor, first: int) -> None:
+        """Move all bytes of some rows, however few the system takes at a time."""
+        left, at = x.numpy().data.cast("B"), self._at(first)
+        while left:
+            moved = move(left, at)
+            if not moved:
+                raise OSError("the file of prefix outputs ends early")
+            left, at = left[moved:], at + moved
 
     def _at(self, place: int) -> int:
         return self.start + FLOAT_BYTES * math.prod(self.shape) * place
@@ -265,10 +274,20 @@ class Prefixes:
                 if (free.count, free.shape) == (count, shape):
                     self._free.remove(free)
                     return free
-            if self._file and self._end + needed <= self._disk_bytes:
+            if self._file and self._end + needed <= self._disk_bytes and _reserve(self._file, self._end, needed):
                 self._end += needed
                 return _InFile(self._file.fileno(), self._end - needed, count, shape, device)
         return None
+
+
+def _reserve(file: IO[bytes], start: int, size: int) -> bool:
+    """Whether the disk has that room, which it then keeps for the file; systems that cannot tell find out later."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), start, size)
+    except OSError:
+        return False
+    return True
 
 
 def _reaches(block: int | None, stop: int) -> bool:

@@ -1,0 +1,40 @@
+"""Copy what settings of the study came to into records/study, without states and networks, and with relative paths.
+
+python studies/record.py runs/study cifar10-half cifar10-one
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from lamina import files, report
+
+RECORDS = Path(__file__).parent.parent / "records" / "study"
+OF_SETTING, OF_RUN = ("compare.json", "compare.md"), ("config.toml", "env.json", "rounds.jsonl", "summary.json")
+
+
+def main() -> None:
+    """One folder per setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder that studies/run.py wrote to")
+    parser.add_argument("settings", nargs="+", help="TASK-SETTING")
+    given = parser.parse_args()
+    root = str(given.runs.absolute().parent.parent)
+    for setting in given.settings:
+        into = RECORDS / setting
+        shutil.rmtree(into, ignore_errors=True)
+        copied = [(given.runs / f"{setting}.toml", into / "study.toml")]
+        copied += [(given.runs / setting / name, into / name) for name in OF_SETTING]
+        for run in sorted(each.parent for each in (given.runs / setting).glob("*/summary.json")):
+            copied += [(run / name, into / run.name / name) for name in OF_RUN]
+        for source, target in copied:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.write(target, source.read_text(encoding="utf-8").replace(f"{root}/", ""))
+        report.write(into)
+        print(into)
+
+
+if __name__ == "__main__":
+    main()

@@ -174,6 +174,15 @@ def test_frozen_tensors_above_the_first_trained_block(levers: Levers, shared: bo
     assert_alike(together(jobs, SHARDS, spec(3)), serial(jobs, SHARDS, spec(3)), jobs)
 
 
+def test_a_frozen_head_in_8_bits() -> None:
+    """Of so many words that it is packed."""
+    network = replace(spec(2), vocab=600)
+    jobs = caff_jobs(network, [1] * 4)
+    plan = replace(jobs[0].plan, trains=jobs[0].plan.trains - {"head.weight"}, levers=Levers(frozen_bits=8))
+    jobs = [replace(job, plan=plan) for job in jobs]
+    assert_alike(together(jobs, SHARDS, network), serial(jobs, SHARDS, network), jobs)
+
+
 def test_the_loss_can_be_weighted() -> None:
     """Gradients of the head follow what comes down."""
     ops, rng = Stacked(), torch.Generator().manual_seed(0)

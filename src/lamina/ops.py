@@ -32,7 +32,7 @@ from lamina.kernels import (
     SparseLinear,
     Spread,
 )
-from lamina.packed import Packed, PackedLinear, pack, packable
+from lamina.packed import Packed, PackedLinear, pack, packable, unpacked
 
 if TYPE_CHECKING:
     from lamina.coding import Coding
@@ -70,8 +70,8 @@ class Ops:
         """Token vectors BSD of ids BS, plus those of their positions, from row `first` on, plus the first type's."""
         found = tokens.rows(ids) if isinstance(tokens, Packed) else F.embedding(ids, tokens)
         if positions is not None:
-            found = found + _plain(positions)[first : first + ids.shape[1]]
-        return found if types is None else found + _plain(types)[0]
+            found = found + unpacked(positions)[first : first + ids.shape[1]]
+        return found if types is None else found + unpacked(types)[0]
 
     def patches(
         self,
@@ -83,7 +83,7 @@ class Ops:
         registers: Tensor | None,
     ) -> Tensor:
         """Leads with their positions, registers, and patches of images, mapped linearly, with theirs, BSD."""
-        tables = (None if each is None else _plain(each) for each in (weight, bias, positions, leads, registers))
+        tables = (None if each is None else unpacked(each) for each in (weight, bias, positions, leads, registers))
         return cast(Tensor, Patches.apply(pixels_BCYX, *tables))  # type: ignore[no-untyped-call]
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -370,7 +370,3 @@ def pool_weights(
     within_BS = ((places >= start) & (places < ends_B[:, None])).float()
     mean_BS = within_BS.div_(within_BS.sum(1, keepdim=True))
     return mean_BS[:, None] if kind == "mean" else torch.stack([first_BS, mean_BS], 1)
-
-
-def _plain(p: Tensor | Packed) -> Tensor:
-    return p.unpack() if isinstance(p, Packed) else p

@@ -87,6 +87,11 @@ def pack(shape: Sequence[int], bits: int, read: Callable[[range], Tensor], devic
     return Packed(data, scale, data.shape)
 
 
+def unpacked(p: Tensor | Packed) -> Tensor:
+    """A tensor as it is, or in new memory if it was packed."""
+    return p.unpack() if isinstance(p, Packed) else p
+
+
 def slabs(weight: Tensor | Packed) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a matrix with what they hold in fp32: all at once, or, where it is packed, a slab at a time."""
     if isinstance(weight, Tensor):

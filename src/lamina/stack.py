@@ -21,7 +21,7 @@ from torch.autograd import Function
 from lamina import products
 from lamina.kernels import Mix
 from lamina.ops import HOST, Ops
-from lamina.packed import Packed
+from lamina.packed import Packed, unpacked
 from lamina.spec import Act
 
 _ALONE = 2_000_000
@@ -182,7 +182,7 @@ class Stacked(Ops):
         """Mean loss per token of each device, [G]."""
         count, losses, plain = len(xs_BSD), [], super().head_loss
         inputs = zip(*(x.float().chunk(self.devices) for x in xs_BSD), strict=True)
-        tables = self._apart((*weights_VD, *biases_V, labels_V))
+        tables = self._apart((*map(unpacked, weights_VD), *biases_V, labels_V))
         for xs, own, targets_NS in zip(inputs, tables, targets_BS.chunk(self.devices), strict=True):
             used = int((targets_NS[:, 0] != HIDDEN).sum())
             cut, targets = [x[:used] for x in xs], targets_NS[:used]

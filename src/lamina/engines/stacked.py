@@ -23,7 +23,7 @@ from lamina.methods.base import Method
 from lamina.model import Batch
 from lamina.ops import HOST, Ops
 from lamina.optim import Kind
-from lamina.packed import Packed
+from lamina.packed import unpacked
 from lamina.passes import Passes
 from lamina.placement import Placement
 from lamina.shapes import FLOAT_BYTES
@@ -196,7 +196,7 @@ def _frozen(jobs: Sequence[Job], spec: Spec, ops: Ops) -> Params:
             found[name] = ops.hold(jobs[0].arrays, name, bits)
         else:
             each = (ops.hold(job.arrays, name, bits) for job in jobs)
-            found[name] = cast(Tensor, Stack(torch.stack([p.unpack() if isinstance(p, Packed) else p for p in each])))
+            found[name] = cast(Tensor, Stack(torch.stack([unpacked(p) for p in each])))
     return found
 
 

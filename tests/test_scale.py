@@ -2,6 +2,9 @@
 
 import gc
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 import weakref
 from collections.abc import Iterable, Iterator
@@ -238,3 +241,25 @@ def test_threads_take_jobs_a_few_ahead(workers: int) -> None:
         assert device == number
         assert len(taken) <= min(100, number + 2 * workers + 1)
     assert len(taken) == 100
+
+
+_COUNT = """
+import ctypes, torch
+from pathlib import Path
+from lamina.engines.local import in_threads
+
+paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+(gomp,) = map(ctypes.CDLL, paths)
+torch.set_num_threads(1)
+print([gomp.omp_get_max_threads(), *in_threads(2, lambda job: gomp.omp_get_max_threads(), range(4))])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch comes with libgomp on Linux alone")
+def test_threads_compute_with_one_thread_each() -> None:
+    """Kernels that ask OpenMP would take all cores in each, and sum in an order that depends on their number."""
+    environ = os.environ | {"OMP_NUM_THREADS": "3"}
+    told = subprocess.run(
+        [sys.executable, "-c", _COUNT], env=environ, capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(told) == [1] * 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ _BITS = ("lamina", "torch", "machine")
 def usable_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(workers: int) -> ThreadPoolExecutor:
+    """Threads that compute with as many threads each as the one that asks.
+
+    torch's number of threads is a thread's own where kernels ask OpenMP, and in a new thread it is that of all cores.
+    """
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
 def changes_since(folder: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from lamina import model
 from lamina.data.task import Shard
 from lamina.layout import Params
+from lamina.machine import threads
 from lamina.ops import TORCH, Ops
 from lamina.spec import Spec
 
@@ -84,7 +84,7 @@ def evaluate(
         right: np.ndarray = (logits_BSV.argmax(-1).cpu().numpy() == targets_BS[:, -scored:]).sum(1)
         return right
 
-    with ThreadPoolExecutor(workers) as pool:
+    with threads(workers) as pool:
         found = np.concatenate(list(pool.map(hits, chunks)))
     correct = np.bincount(device_of, weights=found, minlength=len(shards)).astype(np.int64)
     return Score(correct, scored * counts)

@@ -112,15 +112,14 @@ class Stacked(Ops):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """X W^T + b over the last dimension."""
+        if not isinstance(weight, Stack) and isinstance(bias, Stack):
+            out = self.linear(x, weight)
+            return self._by_device(out).add(self._all(bias)[:, None]).view(out.shape)
         if isinstance(weight, Packed):
             return super().linear(x, weight, bias)
         x = self._narrow(x)
-        if not isinstance(weight, Stack) and not isinstance(bias, Stack):
-            return cast(Tensor, _Linear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
         if not isinstance(weight, Stack):
-            out = cast(Tensor, _Linear.apply(x, weight, None))
-            assert bias is not None
-            return self._by_device(out).add(self._all(bias)[:, None]).view(out.shape)
+            return cast(Tensor, _Linear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
         biases = None if bias is None else self._all(bias)
         out_GNO = _Linears.apply(self._by_device(x), weight.value, biases)
         return cast(Tensor, out_GNO).view(*x.shape[:-1], -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from lamina import client
 from lamina.data.task import Shard
 from lamina.job import Job, Update
+from lamina.machine import threads
 from lamina.ops import HOST, Ops
 from lamina.placement import Placement
 from lamina.spec import Spec
@@ -25,7 +26,7 @@ def in_threads(workers: int, train: Callable[[J], T], jobs: Iterable[J]) -> Iter
 
     Jobs are taken a few ahead of what has been asked for, so that no more are ever at hand.
     """
-    with ThreadPoolExecutor(workers) as pool:
+    with threads(workers) as pool:
         begun = deque[Future[T]]()
         try:
             for job in jobs:

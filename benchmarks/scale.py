@@ -1,6 +1,7 @@
 """Any number of devices: how soon a run starts, and the memory of the process, round after round.
 
     python benchmarks/scale.py benchmarks/scale.json
+    python benchmarks/scale.py benchmarks/scale_auto.json --devices 100000    # workload F
 
 Task "noise", a network of 4 blocks of width 64 of which every device trains the last 2, AdamW, 1,000 devices a round,
 in a process of its own for each number of devices; a sample of 1,000 is evaluated before the first and after the last
@@ -53,29 +54,33 @@ class Echo:
 
 
 def main() -> None:
-    """Run all numbers of devices, or one, and write what was found."""
+    """Each number of devices in turn; what was found is written after each."""
     parser = argparse.ArgumentParser(description="Any number of devices.")
     parser.add_argument("path", type=Path)
     parser.add_argument("--steps", type=int, default=4, help="local steps of a device")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("--devices", type=int, help="this number alone, in this process")
+    parser.add_argument("--devices", type=int, nargs="+", default=list(ROUNDS), help="numbers of devices, in turn")
+    parser.add_argument("--cell", action="store_true", help="used by the script itself: one number, in this process")
     given = parser.parse_args()
     local = Local(steps=given.steps, batch_size=given.batch_size)
-    if given.devices:
-        files.write_json(given.path, cell(given.devices, local, given.engine, ROUNDS.get(given.devices, 10)))
+    if given.cell:
+        (devices,) = given.devices
+        files.write_json(given.path, cell(devices, local, given.engine, ROUNDS.get(devices, 10)))
         return
+    settings: dict[str, Any] = {"cohort": COHORT, "window": WINDOW}
+    settings |= {key: getattr(given, key) for key in ("engine", "steps", "batch_size")}
     found = []
-    for devices in ROUNDS:
+    for devices in given.devices:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "cell.json"
             more = ["--steps", str(given.steps), "--batch-size", str(given.batch_size), "--engine", given.engine]
-            subprocess.run([sys.executable, __file__, str(part), "--devices", str(devices), *more], check=True)
+            subprocess.run(
+                [sys.executable, __file__, str(part), "--devices", str(devices), "--cell", *more], check=True
+            )
             found.append(json.loads(part.read_text(encoding="utf-8")))
         print(found[-1], flush=True)
-    settings = {"cohort": COHORT, "window": WINDOW}
-    settings |= {key: getattr(given, key) for key in ("engine", "steps", "batch_size")}
-    files.write_json(given.path, {"environment": environment(), "settings": settings, "cells": found})
+        files.write_json(given.path, {"environment": environment(), "settings": settings, "cells": found})
 
 
 def cell(devices: int, local: Local, engine: str, rounds: int) -> dict[str, Any]:

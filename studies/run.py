@@ -76,6 +76,8 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
             "labels": [label for label in METHODS if label != "fedavg, no budgets"],
         },
         "exact": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "levers": "exact", "labels": [*within, *DEEP]},
+        # Whether a head that is new decides between two methods: from a network whose head was trained before
+        "warm": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "labels": ["caff", "lora-last-t"]},
     }
 
 
@@ -92,6 +94,21 @@ def comparison(task: str, setting: str, rates: dict[str, float], data: str) -> d
     if not rates:
         table["local"] = base["local"] | {"lr": GRID}
     return table
+
+
+def warmed(table: dict[str, Any], out: Path) -> str:
+    """The network after a short run of CAFF with another seed, which makes its head one that was trained."""
+    first = {key: table[key] for key in ("cohort", "eval_devices", "task", "fleet") if key in table}
+    first |= {"name": f"{table['name']}-up", "seed": 100, "rounds": 6, "networks": table["networks"][1:]}
+    first |= {"method": {"name": "caff"}, "local": table["local"] | {"lr": 1e-3}}
+    file = out / f"{first['name']}.toml"
+    files.write(file, config.dump(first))
+    begun = next((each for each in out.glob(f"{first['name']}-*") if each.is_dir()), None)
+    if begun is None or not (begun / "summary.json").exists():
+        told = ["--resume", begun] if begun else [file, "--out", out]
+        subprocess.run(["lamina", "run", *told], check=True)
+        begun = next(each for each in out.glob(f"{first['name']}-*") if each.is_dir())
+    return str(begun / "model")
 
 
 def entry(label: str, rates: dict[str, float], networks: list[str]) -> dict[str, Any]:
@@ -133,9 +150,12 @@ def main() -> None:
         found = next((at for at in (given.out / tuning, RECORDS / tuning) if (at / "compare.json").exists()), None)
         if setting != "tuning" and not found:
             sys.exit(f"there is no {tuning} in {given.out} or {RECORDS}: run `tuning` first")
-        rates = chosen(found) if found and setting != "tuning" else {}
+        rates = chosen(found) if found and setting not in ("tuning", "warm") else {}
         file = given.out / f"{given.task}-{setting}.toml"
-        files.write(file, config.dump(comparison(given.task, setting, rates, given.data)))
+        table = comparison(given.task, setting, rates, given.data)
+        if setting == "warm":
+            table["networks"] = [warmed(table, given.out)]
+        files.write(file, config.dump(table))
         print(file, flush=True)
         if not given.dry:
             subprocess.run(["lamina", "compare", file, "--out", given.out], check=True)

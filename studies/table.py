@@ -1,0 +1,49 @@
+"""Print what records/study says of some settings: accuracy of each method, and how far it is from CAFF, seed by seed.
+
+python studies/table.py cifar10-half shakespeare-half
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+RECORDS = Path(__file__).parent.parent / "records" / "study"
+
+
+def accuracies(folder: Path, row: dict[str, Any]) -> list[float]:
+    """Mean over devices after each run, in %, by seed."""
+    runs = (json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in row["runs"])
+    return [100 * run["accuracy"]["after"]["mean_over_devices"] for run in runs]
+
+
+def told(values: list[float], sign: str = "") -> str:
+    """Mean ± standard deviation."""
+    return f"{mean(values):{sign}.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:{sign}.1f}"
+
+
+def main() -> None:
+    """A table of each setting, the best first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="+", help="TASK-SETTING")
+    for setting in parser.parse_args().settings:
+        folder = RECORDS / setting
+        rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["methods"]
+        found = {row["label"]: accuracies(folder, row) for row in rows if row["seeds"]}
+        ours = found["caff"]
+        print(f"\n{setting}\n\n| method | accuracy, % | against CAFF | peak memory, MiB | uplink, MiB | TFLOP |")
+        print("|---|---|---|---|---|---|")
+        for row in sorted((row for row in rows if row["seeds"]), key=lambda row: -mean(found[row["label"]])):
+            mine = found[row["label"]]
+            apart = told([a - b for a, b in zip(mine, ours, strict=True)], "+") if len(mine) == len(ours) else ""
+            peak = max(each["predicted"]["memory_bytes"] for each in row["classes"] if each["predicted"]) / 2**20
+            sent, work = row["totals"]["up_bytes"] / 2**20, row["totals"]["flops"] / 1e12
+            print(f"| {row['label']} | {told(mine)} | {apart} | {peak:.1f} | {sent:.1f} | {work:.1f} |")
+        print("\nDo not fit:", ", ".join(row["label"] for row in rows if not row["seeds"]) or "none")
+
+
+if __name__ == "__main__":
+    main()

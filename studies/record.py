@@ -6,13 +6,14 @@ python studies/record.py runs/study cifar10-half cifar10-one
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
-from lamina import files, report
+from lamina import compare, files
 
 RECORDS = Path(__file__).parent.parent / "records" / "study"
-OF_SETTING, OF_RUN = ("compare.json", "compare.md"), ("config.toml", "env.json", "rounds.jsonl", "summary.json")
+OF_RUN = ("config.toml", "env.json", "rounds.jsonl", "summary.json")
 
 
 def main() -> None:
@@ -24,15 +25,16 @@ def main() -> None:
     root = str(given.runs.absolute().parent.parent)
     for setting in given.settings:
         into = RECORDS / setting
-        shutil.rmtree(into, ignore_errors=True)
+        for old in into.glob("*/"):
+            shutil.rmtree(old)
         copied = [(given.runs / f"{setting}.toml", into / "study.toml")]
-        copied += [(given.runs / setting / name, into / name) for name in OF_SETTING]
         for run in sorted(each.parent for each in (given.runs / setting).glob("*/summary.json")):
             copied += [(run / name, into / run.name / name) for name in OF_RUN]
         for source, target in copied:
             target.parent.mkdir(parents=True, exist_ok=True)
             files.write(target, source.read_text(encoding="utf-8").replace(f"{root}/", ""))
-        report.write(into)
+        collected = (given.runs / setting / "compare.json").read_text(encoding="utf-8").replace(f"{root}/", "")
+        compare.save(into, json.loads(collected))
         print(into)
 
 

@@ -129,7 +129,8 @@ def test_the_whole_of_it(table: Table, tmp_path: Path, lamina: Call) -> None:
     assert "| full, drop |  | " not in page and "does not fit" in page and "50%" in page
     assert caff["runs"] == [next((out / "tiny").glob(f"caff-{seed}-*")).name for seed in (3, 1)]
     shown = (out / "tiny" / "report.html").read_text()
-    assert 'id="learning-round"' in shown and "lora, seed" not in shown and "Does not fit at all: lora." in shown
+    assert 'id="ranking"' in shown and 'id="learning-round"' not in shown  # nothing is evaluated on the way
+    assert "lora, seed" not in shown and "Have no plan within the budgets: lora." in shown
 
 
 def test_a_cell_that_was_stopped_goes_on_as_if_it_was_not(table: Table, tmp_path: Path) -> None:

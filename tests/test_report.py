@@ -108,6 +108,7 @@ def method(label: str, accuracy: list[float], used: int, up: float = 1.0, **more
     mean, std = fmean(accuracy), stdev(accuracy) if len(accuracy) > 1 else None
     after = {"mean": mean, "std": std}
     first = device_class("big", used, 50 * MIB) | {"accuracy": after}
+    second = device_class("small", used, None) | {"accuracy": after}
     return {
         **{"label": label, "method": "caff", "seeds": list(range(len(accuracy))), "misfit": None, "network": "n-2"},
         "accuracy": {
@@ -115,8 +116,8 @@ def method(label: str, accuracy: list[float], used: int, up: float = 1.0, **more
             "after": dict.fromkeys(charts.KINDS, after),
         },
         "took_part": 1.0,
-        "totals": {"up_bytes": up * MIB, "down_bytes": 1.0, "flops": 1e9, "clock_seconds": 0},
-        "classes": [first],
+        "totals": {"rounds": 3, "up_bytes": up * MIB, "down_bytes": 1.0, "flops": 1e9, "clock_seconds": 0},
+        "classes": [first, second],
         **more,
     }
 
@@ -234,7 +235,7 @@ def test_curves_lie_where_the_numbers_are(summary: Table) -> None:
             found = points(chart, words)
             assert along(chart, across, [x for x, _, _ in found], "x")
             assert along(chart, up, [y for _, y, _ in found], "y")
-    assert points(made[1])[1][2] == "mean of devices: 30.0%, data sent 1.0 MiB"
+    assert points(made[1])[1][2] == "mean of devices: 30.0%, data sent by devices 1.0 MiB"
     assert not points(made[0], "weighted")
     rounds = [row | {"clock_seconds": 60.0 * row["round"]} for row in ROUNDS]
     timed = charts.curves(summary | {"totals": summary["totals"] | {"clock_seconds": 180}}, rounds)[-1]
@@ -354,8 +355,8 @@ def test_the_front_keeps_the_budgets(collected: Table) -> None:
 def test_the_answer_of_a_comparison(collected: Table) -> None:
     assert answers.of_comparison(collected) == (
         "good is the most accurate within the budgets: 52.0±2.8%, from 20.0% before (mean ± standard deviation over 2 "
-        "seeds). Level with it, within one standard deviation: level. Beyond the budgets: free 60.0±0.0%. "
-        f"Leave devices out: level (50%). Does not fit at all: {NASTY}."
+        "seeds). Level with it, within the larger standard deviation of the two: level. Beyond the budgets: free "
+        f"60.0±0.0%. Leave devices out: level (50%). Have no plan within the budgets: {NASTY}."
     )
     rows = {row["label"]: row for row in collected["methods"]}
     many = [rows["level"] | {"label": f"half {i}"} for i in range(7)]
@@ -372,7 +373,19 @@ def test_the_answer_of_a_comparison(collected: Table) -> None:
 
 def test_fairness_has_a_panel_per_class(collected: Table) -> None:
     chart = contrast.fairness(collected["methods"])
-    assert chart and along(chart, [60, 52, 50, 30], [x for x, _, _ in points(chart)], "x")
+    assert chart and len(points(chart)) == 8
+    for panel in ("big", "small"):
+        at = [x for x, _, text in points(chart) if f", {panel}:" in text]
+        assert [(x - at[-1]) / (at[0] - at[-1]) for x in at] == pytest.approx([1, 22 / 30, 20 / 30, 0], abs=1e-3)
+    for row in collected["methods"][:-1]:
+        row["classes"] = row["classes"][:1]
+    assert contrast.fairness(collected["methods"]) is None
+
+
+def test_the_setting_of_a_comparison(collected: Table) -> None:
+    said = answers.setting(collected)
+    assert said == "4 devices of class big (memory 50.0 MiB each), 4 devices of class small (no budget); 3 rounds."
+    assert answers.setting(collected | {"methods": collected["methods"][-1:]}) == ""
 
 
 def test_figures_are_files_of_their_own(folder: Path, tmp_path: Path) -> None:

@@ -246,10 +246,12 @@ def of_summary(summary: Mapping[str, Any]) -> list[Table]:
 def comparison(collected: Mapping[str, Any]) -> list[Table]:
     """The result and the cost of each method, and what each class held and trained for it."""
     done = [row for row in collected["methods"] if row["seeds"]]
+    done.sort(key=lambda row: -row["accuracy"]["after"]["mean_over_devices"]["mean"])
     names = [each["name"] for each in done[0]["classes"]] if done else []
+    names = names if len(names) > 1 else []
     timed = any(row["totals"].get("clock_seconds") for row in done)
     results, classes = [], []
-    for row in collected["methods"]:
+    for row in [*done, *(row for row in collected["methods"] if not row["seeds"])]:
         if not row["seeds"]:
             results.append(
                 (row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(names) + 4 + timed))
@@ -261,7 +263,7 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
                 row["label"],
                 _percent(after["mean_over_devices"]),
                 _percent(after["p10"]),
-                *(_percent(each["accuracy"]) if each["accuracy"] else "" for each in row["classes"]),
+                *(_percent(each["accuracy"]) if each["accuracy"] else "" for each in row["classes"] if names),
                 f"{row['took_part']:.0%}",
                 human("bytes", *(round(totals[key]) for key in ("up_bytes", "down_bytes"))),
                 human("flops", round(totals["flops"])),
@@ -280,12 +282,13 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
             memory = human("memory_bytes", used["memory_bytes"], each["budget"]["memory_bytes"])
             classes.append((*cells, ", ".join(each["levers"]), held, memory))
     seeds = len(collected["seeds"])
-    title = f"Accuracy in % and cost, {seeds} seed{'s' * (seeds != 1)} (mean±std; part: devices that took part)"
+    what = "mean±std; p10: nine in ten devices have more; part: devices that took part"
+    title = f"Accuracy in % and cost, {seeds} seed{'s' * (seeds != 1)} ({what})"
     head = ("method", "mean", "p10", *names, "part", "up / down", "FLOPs", *(["time"] if timed else []))
-    held_head = ("method", "network", "class", "trains blocks", "levers", "holds", "memory")
+    held_head = ("method", "network", "class", "trains blocks", "levers", "holds", "peak memory / budget")
     return [
         Table(title, head, results),
-        Table("What each class held and trained, and the memory it takes at the peak", held_head, classes, left=5),
+        Table("What each class held and trained", held_head, classes, left=5),
     ]
 
 

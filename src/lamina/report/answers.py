@@ -58,7 +58,7 @@ def of_comparison(collected: Row) -> str:
     if best["took_part"] < 1 and whole:
         said.append(f"Of those that leave no device out, {whole[0]['label']} is: {score(whole[0])}.")
     if level:
-        said.append(f"Level with it, within one standard deviation: {_names(level)}.")
+        said.append(f"Level with it, within the larger standard deviation of the two: {_names(level)}.")
     if free := [row for row in done if over_budget(row)]:
         scores = (f"{row['label']} {score(row)}" for row in free)
         said.append(f"Beyond the budgets: {_listed(scores)}.")
@@ -66,8 +66,22 @@ def of_comparison(collected: Row) -> str:
         parts = (f"{row['label']} ({1 - row['took_part']:.0%})" for row in partial)
         said.append(f"Leave devices out: {_listed(parts)}.")
     if misfits := [row for row in collected["methods"] if row.get("misfit")]:
-        said.append(f"Does not fit at all: {_names(misfits)}.")
+        said.append(f"Have no plan within the budgets: {_names(misfits)}.")
     return " ".join(said)
+
+
+def setting(collected: Row) -> str:
+    """What devices there were, with which budgets, for how long."""
+    row = next((row for row in collected["methods"] if row["seeds"]), None)
+    if row is None:
+        return ""
+    fleet = []
+    for each in row["classes"]:
+        budget = each["budget"]
+        limits = [f"{name} {human(key, budget[key])}" for key, name in RESOURCES.items() if budget[key]]
+        said = f"{', '.join(limits)} each" if limits else "no budget"
+        fleet.append(f"{_count(each['devices'], 'device')} of class {each['name']} ({said})")
+    return f"{', '.join(fleet)}; {_count(round(row['totals']['rounds']), 'round')}."
 
 
 def _alone(row: Row) -> str:
@@ -75,7 +89,7 @@ def _alone(row: Row) -> str:
 
 
 def _names(rows: Iterable[Row]) -> str:
-    return _listed(row["label"] for row in rows)
+    return _listed(f'"{row["label"]}"' if "," in row["label"] else row["label"] for row in rows)
 
 
 def _listed(given: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ KINDS = {"mean_over_devices": "mean of devices", "weighted": "weighted", "p10": 
 ACCURACY = Quantity("accuracy", "share")
 COSTS = {
     "round": Quantity("rounds", "count"),
-    "up_bytes": Quantity("data sent", "bytes"),
+    "up_bytes": Quantity("data sent by devices", "bytes"),
     "flops": Quantity("compute", "flops"),
     "clock_seconds": Quantity("virtual time", "seconds"),
 }

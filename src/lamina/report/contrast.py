@@ -15,6 +15,7 @@ from lamina.report.marks import Chart, Quantity, Scale, colour, tag, words
 Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[tuple[Row, Sequence[Row]]]]  # label -> per seed: summary and rounds
 MEMORY = Quantity("memory at the peak", "bytes")
+BEYOND = "Hollow: beyond the budgets."
 
 
 def mean_accuracy(row: Row) -> tuple[float, float]:
@@ -78,7 +79,9 @@ def ranking(methods: Sequence[Row]) -> Chart:
         parts.append(words(left - 12, at + 4, row["label"], f"{colour(index)} own", "end"))
         parts.append(_placed(index, row, x, at) if row["seeds"] else words(left, at + 4, _why_not(row), "soft"))
     title = "Which method is most accurate"
-    note = "Mean over devices after the run; bars are one standard deviation over seeds. Hollow: beyond the budgets."
+    note = "Mean over devices after the run; bars are one standard deviation over seeds."
+    if any(over_budget(row) for _, row in done):
+        note += f" {BEYOND}"
     return Chart("ranking", title, note, marks.drawing(900, bottom + 44, title, *parts))
 
 
@@ -140,12 +143,15 @@ def _named(found: Sequence[tuple[str, int, float, float]]) -> str:
 
 
 def fairness(methods: Sequence[Row]) -> Chart | None:
-    """Classes x methods: accuracy after the run, one panel per class on the same axis, in the order of the ranking."""
+    """Classes x methods: accuracy after the run, one panel per class on the same axis, in the order of the ranking.
+
+    None where there is one class: the ranking has said all.
+    """
     done = ranked(methods)
     names = [each["name"] for each in done[0][1]["classes"]]
     found = [each["accuracy"] for _, row in done for each in row["classes"] if each["accuracy"]]
     values = [each["mean"] + sign * (each["std"] or 0.0) for each in found for sign in (-1, 1)]
-    if not values:
+    if not values or len(names) == 1:
         return None
     left = 24 + max(marks.width(row["label"]) for _, row in done)
     wide = (900 - left) / len(names)
@@ -166,15 +172,20 @@ def fairness(methods: Sequence[Row]) -> Chart | None:
                 tip = f"{row['label']}, {name}: {mean:.1%} ± {std:.1%}" + ("" if each["plan"] else ", takes no part")
                 parts.append(marks.point(x(mean), at, tip, index, hollow=not each["plan"]))
     title = "Is it fair to every class"
-    note = "Accuracy after the run on the devices of each class. Hollow: the class takes no part in the training."
+    note = "Accuracy after the run on the devices of each class."
+    if any(not each["plan"] for _, row in done for each in row["classes"]):
+        note += " Hollow: the class takes no part in the training."
     return Chart("fairness", title, note, marks.drawing(900, bottom + 42, title, *parts))
 
 
 def learning(methods: Sequence[Row], runs: Curves) -> list[Chart]:
-    """Accuracy over rounds, bytes sent, operations and virtual time: means over seeds, with bands of one deviation."""
+    """Accuracy over rounds, bytes sent, operations and virtual time: means over seeds, with bands of one deviation.
+
+    None where nothing was evaluated between the first round and the last: the ranking has said all.
+    """
     found = {row["label"]: _means(runs[row["label"]]) for row in methods if runs.get(row["label"])}
     index = {row["label"]: i for i, row in enumerate(methods)}
-    if not found:
+    if not any(len(points) > 2 for points in found.values()):
         return []
     edges = [value + sign * std for points in found.values() for _, value, std in points for sign in (-1, 1)]
     y, made = Scale(*marks.padded(edges), TOP + TALL + 60, TOP), []

@@ -43,12 +43,14 @@ class Report:
         answer: The result in words.
         sections: In reading order.
         folded: Name -> text that is there for those who look for it.
+        setting: What it was found with.
     """
 
     title: str
     answer: str
     sections: Sequence[Section]
     folded: Mapping[str, str]
+    setting: str = ""
 
     def charts(self) -> list[Chart]:
         """All of them."""
@@ -57,6 +59,7 @@ class Report:
     def html(self) -> str:
         """The page."""
         body = "".join(map(_section, self.sections))
+        setting = f"<p>{escape(self.setting)}</p>" if self.setting else ""
         folded = "".join(
             f"<details><summary>{escape(k)}</summary><pre>{escape(v)}</pre></details>" for k, v in self.folded.items()
         )
@@ -64,7 +67,7 @@ class Report:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n"
-            f'<body><main><h1>{escape(self.title)}</h1><p class="answer">{escape(self.answer)}</p>\n'
+            f'<body><main><h1>{escape(self.title)}</h1><p class="answer">{escape(self.answer)}</p>{setting}\n'
             f"{body}{folded}<footer>Made by lamina report. Point at a mark to see its value.</footer>"
             "</main></body></html>\n"
         )
@@ -124,16 +127,15 @@ def _of_run(folder: Path, summary: Row) -> Report:
 
 
 def _of_comparison(folder: Path, collected: Row) -> Report:
-    runs = {
-        row["label"]: [each for name in row.get("runs", ()) if (each := _run(folder / name))]
-        for row in collected["methods"]
-    }
+    methods = collected["methods"]
+    runs = {row["label"]: [each for name in row.get("runs", ()) if (each := _run(folder / name))] for row in methods}
     made = contrast.of_comparison(collected, runs)
     groups = {"Accuracy against cost": "against", "Learning curves": "learning"}
     notes = {
         "against": "The dashed line is the front: nothing else within the budgets is both cheaper and better. "
-        "Colours are those above. Memory is the mean over the devices that take part; the rest "
-        "is summed over all devices and rounds. Hollow: beyond the budgets.",
+        "Colours are those above. Memory is the predicted peak, the mean over the devices that take part; the rest "
+        "is summed over all devices and rounds. What devices receive is in the table below."
+        + (f" {contrast.BEYOND}" if any(contrast.over_budget(row) for _, row in contrast.ranked(methods)) else ""),
         "learning": "Means over seeds, with bands of one standard deviation.",
     }
     sections: list[Section] = []
@@ -148,9 +150,10 @@ def _of_comparison(folder: Path, collected: Row) -> Report:
     unfit = answers.misfits(collected)
     sections += [Section("Numbers", tables=tables.comparison(collected))]
     sections += [Section("What does not fit, and why", tables=[unfit])] if unfit else []
-    first = next((folder / row["runs"][0] for row in collected["methods"] if row.get("runs")), folder)
-    title = f"{collected['name']}: {len(collected['methods'])} methods compared"
-    return Report(title, answers.of_comparison(collected), sections, _settings(first))
+    first = next((row for row in methods if row.get("runs")), None)
+    folded = _settings(folder / first["runs"][0], f" of {first['label']}") if first else {}
+    title = f"{collected['name']}: {len(methods)} methods compared"
+    return Report(title, answers.of_comparison(collected), sections, folded, answers.setting(collected))
 
 
 def _run(folder: Path) -> tuple[Row, list[Row]] | None:
@@ -159,8 +162,8 @@ def _run(folder: Path) -> tuple[Row, list[Row]] | None:
     return (_json(path), list(_lines(folder / "rounds.jsonl"))) if path.is_file() else None
 
 
-def _settings(folder: Path) -> dict[str, str]:
-    found = {"Settings, every default filled in": "config.toml", "Versions and machine": "env.json"}
+def _settings(folder: Path, whose: str = "") -> dict[str, str]:
+    found = {f"Settings{whose}, every default filled in": "config.toml", "Versions and machine": "env.json"}
     return {title: (folder / name).read_text("utf-8") for title, name in found.items() if (folder / name).is_file()}
 
 

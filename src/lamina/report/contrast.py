@@ -15,6 +15,7 @@ from lamina.report.marks import Chart, Quantity, Scale, colour, tag, words
 Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[tuple[Row, Sequence[Row]]]]  # label -> per seed: summary and rounds
 MEMORY = Quantity("memory at the peak", "bytes")
+WIDE = 312.0
 BEYOND = "Hollow: beyond the budgets."
 
 
@@ -118,7 +119,7 @@ def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
             parts.append(marks.point(x(cost), y(value), tip, index, hollow=over_budget(row)))
         title = f"Accuracy against {across.name}"
         made.append(
-            Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(312, TOP + TALL + 102, title, *parts))
+            Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(WIDE, TOP + TALL + 102, title, *parts))
         )
     return made
 
@@ -137,7 +138,13 @@ def _named(found: Sequence[tuple[str, int, float, float]]) -> str:
     wanted = [y - 9 if left else y + 16 for left, (*_, y) in zip(fits, found, strict=True)]
     free = marks.spread(wanted, 14, TOP, TOP + TALL + 60)
     return "".join(
-        words(x - 8 if left else x + 8, y, name, f"{colour(index)} own", "end" if left else "start")
+        words(
+            x - 8 if left else min(x + 8, WIDE - marks.width(name)),
+            y,
+            name,
+            f"{colour(index)} own",
+            ("start", "end")[left],
+        )
         for left, (name, index, x, _), y in zip(fits, found, free, strict=True)
     )
 

@@ -25,6 +25,9 @@ RECORDS = HERE.parent / "records" / "study"
 GRID = [3e-4, 1e-3, 3e-3, 1e-2]
 # Peak memory in MiB of full training of the networks with three and six blocks (`lamina plan`, batch 32), rounded up
 FULL = {"shakespeare": (54.31, 103.3), "cifar10": (45.04, 85.6), "cifar100": (45.18, 85.7)}
+# Of the network with six blocks: KiB that a device sends with LoRA, GFLOP that it computes with full training
+UPLINK = {"shakespeare": 360.0, "cifar10": 327.8, "cifar100": 361.9}
+COMPUTE = {"shakespeare": 94.0, "cifar10": 46.3, "cifar100": 46.3}
 
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg, no budgets": {"name": "fedavg", "on_infeasible": "ignore"},
@@ -76,6 +79,8 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
             "labels": [label for label in METHODS if label != "fedavg, no budgets"],
         },
         "exact": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "levers": "exact", "labels": [*within, *DEEP]},
+        "uplink": {"fleet": one_class(uplink=f"{round(2 * UPLINK[task], 1)} KiB"), "labels": [*within, *DEEP]},
+        "compute": {"fleet": one_class(flops=f"{round(COMPUTE[task] / 2, 1)} G"), "labels": [*within, *DEEP]},
         # Whether a head that is new decides between two methods: from a network whose head was trained before
         "warm": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "labels": ["caff", "lora-last-t"]},
     }

@@ -10,7 +10,7 @@ Shape legend: as in `lamina.model`, and G devices, N tokens or sequences of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from torch.autograd import Function
 from lamina import products
 from lamina.kernels import Mix
 from lamina.ops import HOST, Ops
-from lamina.packed import Packed, unpacked
+from lamina.packed import unpacked
 from lamina.spec import Act
 
 _ALONE = 2_000_000
@@ -76,6 +76,10 @@ class Stacked(Ops):
         """From here on, the sequences of so many devices make up a batch; what was seen before, and its graph, goes."""
         self.devices, self._seen = devices, (torch.empty(0), torch.empty(0))
 
+    def hold(self, arrays: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
+        """A frozen tensor with the values that fewer bits leave it, unpacked once: nobody is there to save memory."""
+        return unpacked(super().hold(arrays, name, bits))
+
     def embed(
         self, ids: Tensor, tokens: Tensor, positions: Tensor | None, types: Tensor | None = None, first: int = 0
     ) -> Tensor:
@@ -115,8 +119,6 @@ class Stacked(Ops):
         if not isinstance(weight, Stack) and isinstance(bias, Stack):
             out = self.linear(x, weight)
             return self._by_device(out).add(self._all(bias)[:, None]).view(out.shape)
-        if isinstance(weight, Packed):
-            return super().linear(x, weight, bias)
         x = self._narrow(x)
         if not isinstance(weight, Stack):
             return cast(Tensor, _Linear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
@@ -181,7 +183,7 @@ class Stacked(Ops):
         """Mean loss per token of each device, [G]."""
         count, losses, plain = len(xs_BSD), [], super().head_loss
         inputs = zip(*(x.float().chunk(self.devices) for x in xs_BSD), strict=True)
-        tables = self._apart((*map(unpacked, weights_VD), *biases_V, labels_V))
+        tables = self._apart((*weights_VD, *biases_V, labels_V))
         for xs, own, targets_NS in zip(inputs, tables, targets_BS.chunk(self.devices), strict=True):
             used = int((targets_NS[:, 0] != HIDDEN).sum())
             cut, targets = [x[:used] for x in xs], targets_NS[:used]

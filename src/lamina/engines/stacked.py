@@ -23,7 +23,6 @@ from lamina.methods.base import Method
 from lamina.model import Batch
 from lamina.ops import HOST, Ops
 from lamina.optim import Kind
-from lamina.packed import unpacked
 from lamina.passes import Passes
 from lamina.placement import Placement
 from lamina.shapes import FLOAT_BYTES
@@ -195,8 +194,8 @@ def _frozen(jobs: Sequence[Job], spec: Spec, ops: Ops) -> Params:
         if all(job.arrays[name] is jobs[0].arrays[name] for job in jobs):
             found[name] = ops.hold(jobs[0].arrays, name, bits)
         else:
-            each = (ops.hold(job.arrays, name, bits) for job in jobs)
-            found[name] = cast(Tensor, Stack(torch.stack([unpacked(p) for p in each])))
+            each = [ops.hold(job.arrays, name, bits) for job in jobs]
+            found[name] = cast(Tensor, Stack(torch.stack(each)))
     return found
 
 

@@ -41,7 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
         )
     },
 }
-DEEP = {"caff, 12 blocks": "caff"}  # on the deepest network; the learning rate is that of the other label
+DEEP = {f"{name}, {blocks} blocks": (name, blocks) for name, blocks in (("caff", 6), ("caff", 12), ("lora-last-t", 12))}
+"""On one network alone, with the learning rate of the method."""
 TUNED = [label for label in METHODS if label not in ("fedavg, restricted", "fedavg, drop")]
 
 
@@ -118,10 +119,10 @@ def warmed(table: dict[str, Any], out: Path) -> str:
 
 def entry(label: str, rates: dict[str, float], networks: list[str]) -> dict[str, Any]:
     """A row of the comparison, with its own learning rate once that is known."""
-    like = DEEP.get(label, label)
+    like, blocks = DEEP.get(label, (label, 0))
     made: dict[str, Any] = {"label": label} | METHODS[like]
-    if label in DEEP:
-        made["networks"] = [networks[0].replace("-3", "-12")]
+    if blocks:
+        made["networks"] = [networks[0].replace("-3", f"-{blocks}")]
     if rates:
         made["local"] = {"lr": rates["fedavg, no budgets" if like.startswith("fedavg") else like]}
     return made

@@ -176,6 +176,7 @@ class World:
                 method=self.method,
                 local=LOCAL,
                 levers="none",
+                clip_updates=0.0,
                 task=SimpleNamespace(window=TOKENS),
             ),
         )

@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the folders cifar10 and cifar100")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--rates-from", default=None, help="task whose tuning counts; by default the task itself")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the task")
     parser.add_argument("--dry", action="store_true", help="write the files only")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -159,6 +160,8 @@ def main() -> None:
         rates = chosen(found) if found and setting not in ("tuning", "warm") else {}
         file = given.out / f"{given.task}-{setting}.toml"
         table = comparison(given.task, setting, rates, given.data)
+        if given.seeds:
+            table["seeds"] = given.seeds
         if setting == "warm":
             table["networks"] = [warmed(table, given.out)]
         files.write(file, config.dump(table))

@@ -25,24 +25,31 @@ def told(values: list[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:{sign}.1f}"
 
 
+def table(folder: Path) -> str:
+    """The methods of a recorded setting, the best first, as Markdown."""
+    rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["methods"]
+    found = {row["label"]: accuracies(folder, row) for row in rows if row["seeds"]}
+    ours = found.get("caff")
+    head = "| method | network | trains | accuracy, % | against CAFF | peak, MiB | uplink, MiB | TFLOP |"
+    lines = [f"### {folder.name}", "", head, "|---|---|---|---|---|---|---|---|"]
+    for row in sorted((row for row in rows if row["seeds"]), key=lambda row: -mean(found[row["label"]])):
+        mine = found[row["label"]]
+        apart = told([a - b for a, b in zip(mine, ours, strict=True)], "+") if ours and row["label"] != "caff" else ""
+        peak = max(each["predicted"]["memory_bytes"] for each in row["classes"] if each["plan"]) / 2**20
+        plans = "; ".join(each["plan"] or "nothing" for each in row["classes"])
+        sent, work = row["totals"]["up_bytes"] / 2**20, row["totals"]["flops"] / 1e12
+        cells = (row["label"], row["network"], plans, told(mine), apart, f"{peak:.1f}", f"{sent:.1f}", f"{work:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    unfit = [row["label"] for row in rows if not row["seeds"]]
+    return "\n".join([*lines, *(["", f"Have no plan: {'; '.join(unfit)}."] if unfit else [])])
+
+
 def main() -> None:
-    """A table of each setting, the best first."""
+    """A table of each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="+", help="TASK-SETTING")
     for setting in parser.parse_args().settings:
-        folder = RECORDS / setting
-        rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["methods"]
-        found = {row["label"]: accuracies(folder, row) for row in rows if row["seeds"]}
-        ours = found["caff"]
-        print(f"\n{setting}\n\n| method | accuracy, % | against CAFF | peak memory, MiB | uplink, MiB | TFLOP |")
-        print("|---|---|---|---|---|---|")
-        for row in sorted((row for row in rows if row["seeds"]), key=lambda row: -mean(found[row["label"]])):
-            mine = found[row["label"]]
-            apart = told([a - b for a, b in zip(mine, ours, strict=True)], "+") if len(mine) == len(ours) else ""
-            peak = max(each["predicted"]["memory_bytes"] for each in row["classes"] if each["predicted"]) / 2**20
-            sent, work = row["totals"]["up_bytes"] / 2**20, row["totals"]["flops"] / 1e12
-            print(f"| {row['label']} | {told(mine)} | {apart} | {peak:.1f} | {sent:.1f} | {work:.1f} |")
-        print("\nDo not fit:", ", ".join(row["label"] for row in rows if not row["seeds"]) or "none")
+        print(f"\n{table(RECORDS / setting)}")
 
 
 if __name__ == "__main__":

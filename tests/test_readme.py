@@ -91,3 +91,13 @@ def test_the_comparison_that_the_readme_shows_is_the_recorded_one(capsys: pytest
     assert len(lines) > 20 and [line for line in lines if line not in map(str.rstrip, printed)] == []
     experiments = config.load_comparison(ROOT / "examples" / "compare.toml").experiments
     assert [row["label"] for row in collected["methods"]] == [label for label, _ in experiments]
+
+
+def test_the_tables_of_the_study_are_of_its_records() -> None:
+    """Made by `python studies/table.py`."""
+    table = runpy.run_path(str(ROOT / "studies" / "table.py"))["table"]
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    names = re.findall(r"^### (\S+-\S+)$", page, re.MULTILINE)
+    assert len(names) >= 5
+    for name in names:
+        assert table(ROOT / "records" / "study" / name) in page

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from lamina import compare, files
@@ -16,13 +17,21 @@ RECORDS = Path(__file__).parent.parent / "records" / "study"
 OF_RUN = ("config.toml", "env.json", "rounds.jsonl", "summary.json")
 
 
+def bare(path: Path, roots: Iterable[Path]) -> str:
+    """A file without the folders of the machine it was written on."""
+    said = path.read_text(encoding="utf-8")
+    for root in roots:
+        said = said.replace(f"{root}/", "")
+    return said
+
+
 def main() -> None:
     """One folder per setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder that studies/run.py wrote to")
     parser.add_argument("settings", nargs="+", help="TASK-SETTING")
     given = parser.parse_args()
-    root = str(given.runs.absolute().parent.parent)
+    roots = (given.runs.absolute().parent.parent, Path.cwd())  # of the runs, and, where it is called there, of the data
     for setting in given.settings:
         into = RECORDS / setting
         for old in into.glob("*/"):
@@ -32,9 +41,8 @@ def main() -> None:
             copied += [(run / name, into / run.name / name) for name in OF_RUN]
         for source, target in copied:
             target.parent.mkdir(parents=True, exist_ok=True)
-            files.write(target, source.read_text(encoding="utf-8").replace(f"{root}/", ""))
-        collected = (given.runs / setting / "compare.json").read_text(encoding="utf-8").replace(f"{root}/", "")
-        compare.save(into, json.loads(collected))
+            files.write(target, bare(source, roots))
+        compare.save(into, json.loads(bare(given.runs / setting / "compare.json", roots)))
         print(into)
 
 

@@ -51,8 +51,10 @@ def table(folder: Path) -> str:
             f"{work:.1f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    unfit = [row["label"] for row in rows if not row["seeds"]]
-    return "\n".join([*lines, *(["", f"Have no plan: {'; '.join(unfit)}."] if unfit else [])])
+    for words, rest in (("Have no plan", True), ("Not run", False)):
+        names = [row["label"] for row in rows if not row["seeds"] and bool(row["misfit"]) is rest]
+        lines += ["", f"{words}: {'; '.join(names)}."] if names else []
+    return "\n".join(lines)
 
 
 def main() -> None:

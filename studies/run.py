@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -22,7 +23,8 @@ from lamina import config, files
 
 HERE = Path(__file__).parent
 RECORDS = HERE.parent / "records" / "study"
-GRID = [3e-4, 1e-3, 3e-3, 1e-2]
+GRID = {"lr": [3e-4, 1e-3, 3e-3, 1e-2]}
+HEAD_GRID = GRID | {"head_lr": [3e-3, 1e-2, 3e-2]}
 # Peak memory in MiB of full training of the networks with three and six blocks (`lamina plan`, batch 32), rounded up
 FULL = {"shakespeare": (54.31, 103.3), "cifar10": (45.04, 85.6), "cifar100": (45.18, 85.7)}
 # Of the network with six blocks: KiB that a device sends with LoRA, GFLOP that it computes with full training
@@ -43,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 DEEP = {f"{name}, {blocks} blocks": (name, blocks) for name, blocks in (("caff", 6), ("caff", 12), ("lora-last-t", 12))}
 """On one network alone, with the learning rate of the method."""
+LAST = ["caff", "lora-last-t"]
 TUNED = [label for label in METHODS if label not in ("fedavg, restricted", "fedavg, drop")]
 
 
@@ -61,44 +64,49 @@ def three_classes(full: float, *shares: float) -> list[dict[str, Any]]:
 
 
 def settings(task: str) -> dict[str, dict[str, Any]]:
-    """What each setting changes; the budgets are those of the issue's two forms, homogeneous and heterogeneous."""
+    """What each setting changes; `grid` are learning rates to try, else those count that the tuning `rates` found."""
     three, six = FULL[task]
+    half = {"fleet": one_class(f"{round(three / 2, 1)} MiB")}
     within = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop")]
+    tuning = {
+        "seeds": [100],
+        "rounds": 6,
+        "validation": 0.2,
+        "fleet": three_classes(1.02 * six, 1, 0.5, 0.25),
+    }
+    uneven = {
+        "fleet": three_classes(1.02 * six, 1, 0.66, 0.33),
+        "labels": [*(label for label in METHODS if label != "fedavg, no budgets"), *DEEP],
+    }
     return {
-        "tuning": {
-            "seeds": [100],
-            "rounds": 6,
-            "validation": 0.2,
-            "fleet": three_classes(1.02 * six, 1, 0.5, 0.25),
-            "labels": TUNED,
-        },
-        "half": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "labels": [*within, *DEEP]},
+        "tuning": tuning | {"labels": TUNED, "grid": GRID},
+        "head-tuning": tuning | {"labels": LAST, "grid": HEAD_GRID},
+        "half": half | {"labels": [*within, *DEEP]},
         "one": {"fleet": one_class(f"{three} MiB"), "labels": ["fedavg, no budgets", *within, *DEEP]},
-        "three-classes": {
-            "fleet": three_classes(1.02 * six, 1, 0.66, 0.33),
-            "task": {"split": "resource"},
-            "labels": [label for label in METHODS if label != "fedavg, no budgets"],
-        },
-        "exact": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "levers": "exact", "labels": [*within, *DEEP]},
+        "three-classes": {"task": {"split": "resource"}} | uneven,
+        "three-classes-iid": {"task": {"split": "iid"}} | uneven,
+        "exact": half | {"levers": "exact", "labels": [*within, *DEEP]},
         "uplink": {"fleet": one_class(uplink=f"{round(2 * UPLINK[task], 1)} KiB"), "labels": [*within, *DEEP]},
         "compute": {"fleet": one_class(flops=f"{round(COMPUTE[task] / 2, 1)} G"), "labels": [*within, *DEEP]},
-        # Whether a head that is new decides between two methods: from a network whose head was trained before
-        "warm": {"fleet": one_class(f"{round(three / 2, 1)} MiB"), "labels": ["caff", "lora-last-t"]},
+        # Whether a head that is new decides between two methods: from a network whose head was trained before, and
+        # with a learning rate of its own for the head
+        "warm": half | {"labels": LAST, "grid": GRID},
+        "head": half | {"labels": LAST, "rates": "head-tuning"},
     }
 
 
-def comparison(task: str, setting: str, rates: dict[str, float], data: str) -> dict[str, Any]:
-    """The tables of the comparison."""
+def comparison(task: str, setting: str, tunings: list[Path], data: str) -> dict[str, Any]:
+    """The tables of the comparison; `tunings` are folders of which the first that has the tuning counts."""
     base = tomllib.loads((HERE / f"{task}.toml").read_text(encoding="utf-8"))
     change = settings(task)[setting]
-    labels, words = change.pop("labels"), change.pop("task", {})
+    labels, words, grid = change.pop("labels"), change.pop("task", {}), change.pop("grid", {})
+    rates = {} if grid else chosen(tunings, change.pop("rates", "tuning"))
     table = {"name": f"{task}-{setting}"} | base | change
     table["task"] = base["task"] | words
     if "path" in table["task"]:
         table["task"]["path"] = str(Path(data) / task)
     table["methods"] = [entry(label, rates, table["networks"]) for label in labels]
-    if not rates:
-        table["local"] = base["local"] | {"lr": GRID}
+    table["local"] = base["local"] | grid
     return table
 
 
@@ -117,27 +125,31 @@ def warmed(table: dict[str, Any], out: Path) -> str:
     return str(begun / "model")
 
 
-def entry(label: str, rates: dict[str, float], networks: list[str]) -> dict[str, Any]:
+def entry(label: str, rates: dict[str, dict[str, float]], networks: list[str]) -> dict[str, Any]:
     """A row of the comparison, with its own learning rate once that is known."""
     like, blocks = DEEP.get(label, (label, 0))
     made: dict[str, Any] = {"label": label} | METHODS[like]
     if blocks:
         made["networks"] = [networks[0].replace("-3", f"-{blocks}")]
     if rates:
-        made["local"] = {"lr": rates["fedavg, no budgets" if like.startswith("fedavg") else like]}
+        made["local"] = rates["fedavg, no budgets" if like.startswith("fedavg") else like]
     return made
 
 
-def chosen(folder: Path) -> dict[str, float]:
-    """Per label, the learning rate with the best accuracy on what was held back."""
-    rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["methods"]
-    best: dict[str, tuple[float, float]] = {}
-    for row in rows:
-        label, _, rate = row["label"].rpartition(", lr ")
+def chosen(tunings: list[Path], name: str) -> dict[str, dict[str, float]]:
+    """Per label, the learning rates with the best accuracy on what was held back."""
+    told = [at.with_name(f"{at.name}-{name}") / "compare.json" for at in tunings]
+    file = next((each for each in told if each.exists()), None)
+    if not file:
+        sys.exit(f"there is none of {', '.join(map(str, told))}: run `{name}` first")
+    best: dict[str, tuple[float, dict[str, float]]] = {}
+    for row in json.loads(file.read_text(encoding="utf-8"))["methods"]:
+        label = re.split(", (?:head_)?lr ", row["label"])[0]
         if row["seeds"]:
-            found = (row["accuracy"]["after"]["mean_over_devices"]["mean"], float(rate))
-            best[label] = max(found, best.get(label, found))
-    return {label: rate for label, (_, rate) in best.items()}
+            rates = {key: float(value) for key, value in re.findall(r", ((?:head_)?lr) ([^,]+)", row["label"])}
+            found = (row["accuracy"]["after"]["mean_over_devices"]["mean"], rates)
+            best[label] = max(found, best.get(label, found), key=lambda each: (each[0], each[1]["lr"]))
+    return {label: rates for label, (_, rates) in best.items()}
 
 
 def main() -> None:
@@ -153,13 +165,9 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     for setting in given.settings:
-        tuning = f"{given.rates_from or given.task}-tuning"
-        found = next((at for at in (given.out / tuning, RECORDS / tuning) if (at / "compare.json").exists()), None)
-        if setting != "tuning" and not found:
-            sys.exit(f"there is no {tuning} in {given.out} or {RECORDS}: run `tuning` first")
-        rates = chosen(found) if found and setting not in ("tuning", "warm") else {}
+        tunings = [folder / (given.rates_from or given.task) for folder in (given.out, RECORDS)]
         file = given.out / f"{given.task}-{setting}.toml"
-        table = comparison(given.task, setting, rates, given.data)
+        table = comparison(given.task, setting, tunings, given.data)
         if given.seeds:
             table["seeds"] = given.seeds
         if setting == "warm":

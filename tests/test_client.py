@@ -159,6 +159,21 @@ def test_a_round_uses_the_learning_rate_of_the_round(shard: Shard) -> None:
     assert constant.lr == pytest.approx(0.03)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw8", "adafactor"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_head_may_have_a_rate_of_its_own(shard: Shard, optimizer: Any, fused: bool) -> None:
+    plan = replace(PLANS["all 3"], levers=replace(PLANS["all 3"].levers, fused_update=fused))
+    turn = Turn(seed=0, round=0, rounds=2, device=0)
+
+    def trained(lr: float, head_lr: float = 0) -> Params:
+        local = Local(lr, head_lr, optimizer, steps=1, batch_size=4)
+        return client.train(job(plan, local, turn).owned(), shard, SPEC).arrays
+
+    fast, slow, both = trained(lr=0.03), trained(lr=0.001), trained(lr=0.001, head_lr=0.03)
+    assert bits(both) == bits({name: (fast if name == "head.weight" else slow)[name] for name in both})
+    assert bits(fast) != bits(slow)
+
+
 def test_the_cosine_goes_from_lr_to_a_tenth_of_it() -> None:
     local = Local(lr=2.0, schedule="cosine")
     rates = [local.round_lr(Turn(0, round_, 9)) for round_ in range(9)]
@@ -166,6 +181,7 @@ def test_the_cosine_goes_from_lr_to_a_tenth_of_it() -> None:
     assert rates == sorted(rates, reverse=True)
     assert local.round_lr(Turn(0, 0, 1)) == 2.0
     assert Local(lr=2.0).round_lr(Turn(0, 7, 9)) == 2.0
+    assert replace(local, head_lr=20.0).round_lr(Turn(0, 8, 9), head=True) == pytest.approx(2.0)
 
 
 def test_devices_are_stateless(shard: Shard) -> None:
@@ -264,7 +280,7 @@ def test_optimizer_states_are_counted(settings: dict[str, Any], shape: tuple[int
     local = Local(lr=0.1, **settings)
     p = torch.zeros(shape, requires_grad=True)
     p.grad = torch.ones(shape)
-    optimizer = optim.build([p], local, local.kind, 0.1)
+    optimizer = optim.build({0.1: [p]}, local, local.kind)
     optimizer.step()
     kept = [value for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)]
     assert optim.state_bytes(local.kind, shape) == sum(each.numel() * each.element_size() for each in kept)

@@ -166,8 +166,8 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         ("qqq=3", f": unknown key 'qqq'; accepted: {TOP}"),
         (
             "local.learning=3",
-            ": [local]: unknown key 'learning'; accepted: lr, optimizer, schedule, momentum, weight_decay, batch_size, "
-            "steps, epochs, clip",
+            ": [local]: unknown key 'learning'; accepted: lr, head_lr, optimizer, schedule, momentum, weight_decay, "
+            "batch_size, steps, epochs, clip",
         ),
         (
             "task.windows=3",

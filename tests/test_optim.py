@@ -109,7 +109,7 @@ def test_adamw8_does_not_depend_on_where_a_tensor_ends(numel: int, monkeypatch: 
 def test_zero_gradients_leave_only_weight_decay(shape: tuple[int, ...], kind: Kind) -> None:
     for weight_decay in (0.0, 0.5):
         p = start(shape)
-        optimizer = optim.build([p], Local(optimizer="adamw", weight_decay=weight_decay), kind, 0.1)
+        optimizer = optim.build({0.1: [p]}, Local(optimizer="adamw", weight_decay=weight_decay), kind)
         trained(optimizer, p, (torch.zeros(shape) for _ in range(3)))
         assert torch.allclose(p, start(shape) * (1 - 0.1 * weight_decay) ** 3, rtol=1e-6, atol=0)
 
@@ -161,7 +161,7 @@ def test_codes_come_back(power: int, size: float, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["adamw8", "adafactor"])
 def test_tensors_without_a_gradient_stay(kind: Kind) -> None:
     first, second, third = start((70, 60)), start((70, 60)), start((70, 60))
-    optimizer = optim.build([first, second, third], Local(weight_decay=0.5), kind, 0.1)
+    optimizer = optim.build({0.1: [first, second, third]}, Local(weight_decay=0.5), kind)
     first.grad = torch.ones(70, 60)
     third.grad = torch.ones(70, 60)
     optimizer.step()
@@ -237,7 +237,7 @@ def test_what_an_update_takes_is_counted(kind: Kind, shape: tuple[int, ...]) -> 
     """States to the byte. Scratch never too little but for what is smaller than a row and a column."""
     local = Local(optimizer="sgd" if kind == "momentum" else kind, momentum=0.5 * (kind == "momentum"))
     p = start(shape)
-    optimizer = optim.build([p], local, kind, 0.1)
+    optimizer = optim.build({0.1: [p]}, local, kind)
     p.grad = torch.ones(shape)
     optimizer.step()
     with Watch() as watched:
@@ -273,7 +273,7 @@ def test_settings_reach_the_optimizer(kind: Kind) -> None:
         optimizer="sgd" if kind == "momentum" else kind, lr=9.0, weight_decay=0.5, momentum=0.5 * (kind == "momentum")
     )
     p = torch.full((3,), 2.0, requires_grad=True)
-    trained(optim.build([p], local, kind, 0.1), p, iter(2 * [torch.full((3,), 4.0)]))
+    trained(optim.build({0.1: [p]}, local, kind), p, iter(2 * [torch.full((3,), 4.0)]))
     if kind in ("sgd", "momentum"):
         first = 2 - 0.1 * (4 + 0.5 * 2)
         expected = first - 0.1 * (4 + 0.5 * first + (0.5 * (4 + 0.5 * 2) if kind == "momentum" else 0))

@@ -121,8 +121,9 @@ SHARDS = [texts(size, seed=seed) for seed, size in enumerate(SIZES)]
         Local(lr=1e-3, batch_size=4, weight_decay=0.1),
         Local(lr=1e-3, batch_size=4, steps=3, clip=0.1),
         Local(lr=1e-3, batch_size=32, schedule="cosine"),
+        Local(lr=1e-3, head_lr=1e-2, batch_size=4),
     ],
-    ids=["clipped", "some clipped", "adamw", "steps", "one batch"],
+    ids=["clipped", "some clipped", "adamw", "steps", "one batch", "fast head"],
 )
 def test_optimizers_clipping_and_ragged_steps(local: Local) -> None:
     jobs = caff_jobs(spec(3), [2] * 4, local=local)

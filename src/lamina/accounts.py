@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
@@ -93,9 +93,9 @@ class Accounts(Ops):
         self.cached = True
         return Cache(self, rows, shape, place, bits // 8)
 
-    def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> Any:
+    def optimizer(self, rated: Mapping[float, Sequence[Tensor]], local: Local, kind: optim.Kind) -> Any:
         """States are born in the first step."""
-        made = Optimizer(self, [as_shape(p) for p in params], kind)
+        made = Optimizer(self, [as_shape(p) for params in rated.values() for p in params], kind)
         self._optimizers.add(made)
         return made
 

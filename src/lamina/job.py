@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor
 
-from lamina.layout import Params
+from lamina.layout import Layout, Params
 from lamina.optim import Kind
 from lamina.plan import Plan
 from lamina.turn import generator
@@ -34,6 +34,7 @@ class Local:
     Attributes:
         optimizer: "sgd", "adamw", "adamw8" (states in 8 bits) or "adafactor"; see `lamina.optim`.
         lr: Learning rate of the first round.
+        head_lr: The same, of the head and of what exits add, which are new on most tasks; as `lr` if 0.
         schedule: "constant", or "cosine": down to lr / 10 over the rounds of the run (Pfeiffer et al. 2023, SLT).
         momentum: Of SGD.
         weight_decay: Applied to what is trained, never to what is frozen.
@@ -44,6 +45,7 @@ class Local:
     """
 
     lr: float = 1e-3
+    head_lr: float = 0.0
     optimizer: Literal["sgd", "adamw", "adamw8", "adafactor"] = "adamw"
     schedule: Literal["constant", "cosine"] = "constant"
     momentum: float = 0.0
@@ -65,7 +67,7 @@ class Local:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f'momentum goes with optimizer = "sgd", got {self.optimizer!r}')
-        for key in ("weight_decay", "clip", "steps"):
+        for key in ("head_lr", "weight_decay", "clip", "steps"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         for key in ("batch_size", "epochs"):
@@ -81,12 +83,21 @@ class Local:
         """Steps of one round on a shard of so many examples."""
         return self.steps or self.epochs * math.ceil(examples / self.batch_size)
 
-    def round_lr(self, turn: Turn) -> float:
-        """Learning rate of a round."""
+    def round_lr(self, turn: Turn, head: bool = False) -> float:
+        """Learning rate of a round, of the head or of all else."""
+        first = self.head_lr if head and self.head_lr else self.lr
         if self.schedule == "constant" or turn.rounds == 1:
-            return self.lr
+            return first
         done = turn.round / (turn.rounds - 1)
-        return self.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+        return first * (0.55 + 0.45 * math.cos(math.pi * done))
+
+    def rated(self, turn: Turn, layout: Layout, params: Mapping[str, Tensor]) -> dict[float, list[Tensor]]:
+        """Trained tensors by the learning rate they have in a round."""
+        found: dict[float, list[Tensor]] = {}
+        for name, p in params.items():
+            rate = self.round_lr(turn, layout.params[name].part in ("head", "exit"))
+            found.setdefault(rate, []).append(p)
+        return found
 
     def batches(self, turn: Turn, examples: int) -> list[np.ndarray]:
         """Rows of the shard for each step of a round: a new seeded shuffle per epoch."""

@@ -333,9 +333,11 @@ class Ops:
             return Kept(rows, shape, dtype, self.device)
         return Pages(tempfile.TemporaryFile(), shape, dtype, self.device)
 
-    def optimizer(self, params: Sequence[Tensor], local: Local, kind: optim.Kind, lr: float) -> torch.optim.Optimizer:
-        """An optimizer over some of the trained tensors."""
-        return optim.build(params, local, kind, lr)
+    def optimizer(
+        self, rated: Mapping[float, Sequence[Tensor]], local: Local, kind: optim.Kind
+    ) -> torch.optim.Optimizer:
+        """An optimizer over some of the trained tensors, given by their learning rates."""
+        return optim.build(rated, local, kind)
 
     def norm_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """Euclidean norm of all elements together."""

@@ -7,13 +7,15 @@ updated as soon as its gradient is complete.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
     from lamina.job import Local
 
 Kind = Literal["sgd", "momentum", "adamw", "adamw8", "adafactor"]
@@ -26,17 +28,18 @@ _STRETCH = 2**14
 """Elements that are decoded at a time."""
 
 
-def build(params: Sequence[Tensor], local: Local, kind: Kind, lr: float) -> torch.optim.Optimizer:
-    """An optimizer of `kind` over `params`, with the settings of `local`."""
+def build(rated: Mapping[float, Sequence[Tensor]], local: Local, kind: Kind) -> torch.optim.Optimizer:
+    """An optimizer of `kind` over tensors by their learning rates, with the other settings of `local`."""
+    params = [{"params": list(those), "lr": rate} for rate, those in rated.items()]
     match kind:
         case "sgd" | "momentum":
-            return torch.optim.SGD(params, lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)
+            return torch.optim.SGD(params, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)
         case "adamw":
-            return torch.optim.AdamW(params, lr, weight_decay=local.weight_decay, fused=True)
+            return torch.optim.AdamW(params, weight_decay=local.weight_decay, fused=True)
         case "adamw8":
-            return AdamW8(params, lr, local.weight_decay)
+            return AdamW8(params, local.lr, local.weight_decay)
         case "adafactor":
-            return Adafactor(params, lr, local.weight_decay)
+            return Adafactor(params, local.lr, local.weight_decay)
 
 
 def state_bytes(kind: Kind, shape: Sequence[int]) -> int:
@@ -72,7 +75,7 @@ def scratch_bytes(kind: Kind, shape: Sequence[int]) -> int:
 class _TensorByTensor(torch.optim.Optimizer):
     """Decoupled weight decay, then `_update` for each tensor that has a gradient."""
 
-    def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+    def __init__(self, params: ParamsT, lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._steps = 0
 

@@ -26,12 +26,13 @@ _INPUT, _TOP, _FORK = -1, -2, -3
 class Group:
     """Trained tensors that are updated together."""
 
-    def __init__(self, params: Mapping[str, Tensor], job: Job, aside: Params, ops: Ops) -> None:
+    def __init__(self, spec: Spec, params: Mapping[str, Tensor], job: Job, aside: Params, ops: Ops) -> None:
         """With an optimizer of their own."""
         local = job.local
         self.params, self._job, self._aside, self._ops = params, job, aside, ops
         kind = job.plan.levers.optimizer if local.kind == "adamw" else ""
-        self._optimizer = ops.optimizer(list(params.values()), local, kind or local.kind, local.round_lr(job.turn))
+        rated = local.rated(job.turn, model.layout(spec), params)
+        self._optimizer = ops.optimizer(rated, local, kind or local.kind)
 
     def complete(self) -> None:
         """Add to the gradient of the loss that of the method's penalties."""
@@ -87,7 +88,9 @@ def groups_of(spec: Spec, job: Job, params: Params, aside: Params, ops: Ops) -> 
         outside = row.block is None or row.part == "exit"
         stage = _INPUT if row.part == "embed" else _TOP if outside else cast(int, row.block)
         names.setdefault(stage if plan.levers.fused_update else _TOP, []).append(name)
-    return {stage: Group({name: params[name] for name in found}, job, aside, ops) for stage, found in names.items()}
+    return {
+        stage: Group(spec, {name: params[name] for name in found}, job, aside, ops) for stage, found in names.items()
+    }
 
 
 class _Stage(NamedTuple):

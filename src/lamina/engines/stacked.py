@@ -210,8 +210,8 @@ class _Steps:
         self._cached = bool(job.plan.below(model.layout(spec)))
         single = len(devices) == 1
         self._leaves = {name: (p[0] if single else p).detach().requires_grad_() for name, p in whole.items()}
-        lr = job.local.round_lr(job.turn)
-        self._optimizer = ops.optimizer(list(self._leaves.values()), job.local, kind_of(job), lr)
+        rated = job.local.rated(job.turn, model.layout(spec), self._leaves)
+        self._optimizer = ops.optimizer(rated, job.local, kind_of(job))
         self._pulls = type(job.method).pull is not Method.pull
         self._aim(len(devices))
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import Devices, Table, begin, bits, lines, outcome, play, write_world
 
 from lamina import config, run, tables
-from lamina.clock import ABANDONED, AWAY, LATE, Clock, settle
+from lamina.clock import ABANDONED, AWAY, FAILED, LATE, Clock, settle
 from lamina.errors import UserError
 from lamina.fleet import DeviceClass, Rates, rate, roster
 from lamina.job import Turn, Update
@@ -150,6 +150,45 @@ def test_devices_that_go_away_are_lost_and_the_round_does_not_wait_for_them() ->
     found, over = settled(Clock(deadline=50), left=(30, 39, NOBODY_LEAVES, 60))
     assert [each[-1] for each in found] == [None, AWAY, LATE, LATE]
     assert settled(Clock(), left=(20, 10, 10, 5))[1] == 20
+
+
+def test_devices_break_down_somewhere_in_their_work() -> None:
+    count, chance = 2000, 0.3
+    alike, work, stay = rates(*[(10, 10, 10)] * count), np.tile([100, 100, 100], (count, 1)), np.full(count, np.inf)
+    stints, over = settle(Clock(failures=chance), count, np.arange(count), work, alike, stay, TURN)
+    failed = [each for each in stints if each.reason == FAILED]
+    assert {each.reason for each in stints} == {None, FAILED} and over == 30
+    assert len(failed) / count == pytest.approx(chance, abs=0.04)
+    assert np.mean([each.seconds for each in failed]) == pytest.approx(15, rel=0.06)
+    for each in failed:
+        spent = [math.floor(min(100, max(0, 10 * each.seconds - before))) for before in (0, 100, 200)]
+        assert [each.down_bytes, each.flops, each.up_bytes] == spent
+        assert each.received == (each.seconds >= 10)
+    few = np.array([77, 5, 1203])
+    again, _ = settle(Clock(failures=chance), 3, few, work[few], alike, stay[few], TURN)
+    assert again == [stints[device] for device in few]  # whoever else is asked
+    later, _ = settle(Clock(failures=chance), count, np.arange(count), work, alike, stay, replace(TURN, round=2))
+    assert sum(a.reason == b.reason for a, b in zip(stints, later, strict=True)) < 0.7 * count
+
+
+def test_who_breaks_down_may_have_been_late_or_gone_before() -> None:
+    clock, everyone = Clock(failures=0.999), np.arange(4)
+    broken, over = settle(clock, 4, everyone, WORK, FOUR, np.full(4, np.inf), TURN)
+    times = [each.seconds for each in broken]
+    assert over == max(times) and {each.reason for each in broken} == {FAILED}
+    gone, _ = settle(clock, 4, everyone, WORK, FOUR, np.array(times) - 0.1, TURN)
+    assert {each.reason for each in gone} == {AWAY}
+    kept, _ = settle(replace(clock, deadline=min(times)), 4, everyone, WORK, FOUR, np.full(4, np.inf), TURN)
+    assert sorted(str(each.reason) for each in kept) == [FAILED, LATE, LATE, LATE]
+
+
+def test_without_rates_only_the_answer_of_a_broken_device_is_lost(tmp_path: Path) -> None:
+    made = begin(write_world(tmp_path, cohort=6, clock={"failures": 0.5}), tmp_path / "runs")
+    state, rows = play(made)
+    failed = [row for row in rows if row.rejected == FAILED]
+    assert 0 < len(failed) < 6
+    assert state.totals["updates"] == 6 - len(failed)
+    assert all(row.up_bytes and row.flops and row.loss is None for row in failed)
 
 
 def test_of_those_that_answer_at_the_same_time_a_draw_says_who_is_first() -> None:

@@ -149,8 +149,8 @@ TOP = (
     "enforce, engine, device, precision, prefix_ram, prefix_disk, track, task, method, local, fleet, clock"
 )
 METHOD_NAMES = ", ".join(METHODS)
-FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate, devices"
-CLOCK_KEYS = "deadline, over_selection, min_updates, availability, available_hours"
+FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate, devices, drift"
+CLOCK_KEYS = "deadline, over_selection, min_updates, availability, available_hours, failures"
 RATE, SPEED = (f"must be a rate above 0, such as {each}" for each in ('"4 Mbit/s" or "1 MB/s"', '"20 GFLOP/s"'))
 TIMELESS = (
     "clock.deadline, clock.over_selection and clock.availability need devices that take time: give classes speed, "
@@ -221,7 +221,7 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         (
             "fleet={name='traces', class=3}",
             ": [fleet] traces: unknown key 'class'; did you mean 'classes'? accepted: memory_share, classes, speed, "
-            "since",
+            "since, drift",
         ),
         (
             "fleet={name='traces', since=2030}",

@@ -123,6 +123,8 @@ def test_a_budget_has_the_quantities_of_its_class() -> None:
         ({"share": -1.5}, "share must be above 0 and finite, got -1.5"),
         ({"share": math.nan}, "share must be above 0 and finite, got nan"),
         ({"memory": "64 XB"}, "memory must be a quantity above 0, such as 64000000 or \"61 MiB\"; got '64 XB'"),
+        ({"memory": "1 MB", "drift": 1}, "drift must be from 0 to below 1, got 1"),
+        ({"drift": 0.1}, "drift is of the memory, and none is given; got 0.1"),
         ({"flops": 0}, 'flops must be a quantity above 0, such as 64000000 or "20 GFLOP"; got 0'),
     ],
 )

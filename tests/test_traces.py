@@ -95,6 +95,13 @@ def test_old_phones_can_be_left_out() -> None:
     assert found.rates.speed.min() == pytest.approx(2e9 * min(scores) / 1548)
 
 
+def test_what_phones_cannot_be_is_refused() -> None:
+    found = Traces(drift=0.5).roster(50, seed=0)
+    assert found.drifts == (0.5,) * len(found.names)
+    with pytest.raises(ValueError, match=r"^drift must be from 0 to below 1, got -0\.1$"):
+        Traces(drift=-0.1)
+
+
 @pytest.mark.parametrize("given", ["traces", {"name": "traces"}, {"name": "traces", "classes": 6}])
 def test_the_fleet_of_a_file(given: Any, tmp_path: Path) -> None:
     table = write_world(tmp_path) | {"fleet": given}

@@ -7,7 +7,7 @@ the plan predicts, so all is known before anything is trained, and who does not 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from lamina.availability import MODELS
 from lamina.fleet import Rates
 from lamina.job import Turn
 
-LATE, AWAY, ABANDONED = "late", "unavailable", "the round was abandoned"
+LATE, AWAY, FAILED, ABANDONED = "late", "unavailable", "failed", "the round was abandoned"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Clock:
         availability: "always", "diurnal" (a window a day, a model), or a JSON file of traces; see docs/clock.md.
             Devices are asked that are available; who goes before it has answered is lost for the round.
         available_hours: Mean length of the window of "diurnal".
+        failures: Chance that a device that is asked breaks down on the way, at a moment drawn evenly from its work.
     """
 
     deadline: float = 0.0
@@ -39,6 +40,7 @@ class Clock:
     min_updates: int = 1
     availability: str = MODELS[0]
     available_hours: float = 8.0
+    failures: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing.
@@ -54,6 +56,8 @@ class Clock:
             raise ValueError(f"min_updates must be at least 1, got {self.min_updates}")
         if not 0 < self.available_hours <= 24:
             raise ValueError(f"available_hours must be above 0 and at most 24, got {self.available_hours}")
+        if not 0 <= self.failures < 1:
+            raise ValueError(f"failures must be from 0 to below 1, got {self.failures}")
 
     @property
     def needs_rates(self) -> bool:
@@ -111,9 +115,11 @@ def settle(
     """
     ends = np.cumsum(rates.phases(devices, work, turn), axis=1)
     done = ends[:, -1]
+    fails, shares = _failures(clock, devices, turn)
+    broken = np.where(fails, shares * done, math.inf)
     order = np.lexsort((turn.rng("ties").random(len(done)), done))
-    first = order[(done <= left)[order]][:cohort]
-    stops = np.minimum(done, left)
+    first = order[((done <= left) & ~fails)[order]][:cohort]
+    stops = np.minimum(np.minimum(done, left), broken)
     over = stops.max(initial=0.0) if len(first) < cohort else done[first[-1]]
     over = float(min(over, clock.deadline or math.inf))
     stops = np.minimum(stops, over)
@@ -124,10 +130,22 @@ def settle(
         shares = np.clip((stops[:, None] - begun) / (ends - begun), 0.0, 1.0)
     shares = np.where(stops[:, None] >= ends, 1.0, shares)
     spent = np.where(shares == 1, work, np.floor(shares * work)).astype(np.int64)
-    away = ~answered & (left <= over) & (left < done)
-    reasons = [None if a else AWAY if b else LATE for a, b in zip(answered, away, strict=True)]
+    away = ~answered & (left <= over) & (left < np.minimum(done, broken))
+    failed = ~answered & (broken <= np.minimum(over, left))
+    reasons = [
+        None if a else AWAY if b else FAILED if c else LATE for a, b, c in zip(answered, away, failed, strict=True)
+    ]
     stints = [
         Stint(float(stop), int(down), int(flops), int(up), bool(share[0] == 1), reason)
         for stop, (down, flops, up), share, reason in zip(stops, spent, shares, reasons, strict=True)
     ]
     return stints, over
+
+
+def _failures(clock: Clock, devices: np.ndarray, turn: Turn) -> tuple[np.ndarray, np.ndarray]:
+    """Which devices break down, bool [n], and which share of their time they have worked by then, float64 [n]."""
+    draws = np.ones((len(devices), 2))
+    if clock.failures:
+        for row, device in enumerate(devices.tolist()):
+            draws[row] = replace(turn, device=device).rng("failure").random(2)
+    return draws[:, 0] < clock.failures, draws[:, 1]

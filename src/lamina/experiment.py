@@ -75,6 +75,7 @@ class Outlook:
             "name": group.name,
             "devices": group.devices,
             "budget": asdict(group.budget),
+            "drift": group.drift,
             "predicted": choice.cost.to_json(),
             "seconds": self._seconds(index),
             "plan": choice.plan.label if choice.plan else None,
@@ -181,7 +182,7 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
         raise UserError(f"cohort = {experiment.cohort} is more than the {count} devices there are")
     fleet = devices(experiment)
     sizes = np.bincount(fleet.class_of, minlength=len(fleet.names)).tolist()
-    groups = tuple(map(Group, fleet.names, sizes, fleet.budgets))
+    groups = tuple(map(Group, fleet.names, sizes, fleet.budgets, fleet.drifts))
     times = availability(clock.availability, clock.available_hours, count, experiment.seed)
     steps = experiment.local.steps
     if not steps:

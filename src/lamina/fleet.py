@@ -98,12 +98,14 @@ class Roster:
         budgets: Of the classes.
         class_of: Class index of every device.
         rates: Of every device.
+        drifts: Of the classes; see `DeviceClass`.
     """
 
     names: tuple[str, ...]
     budgets: tuple[Budget, ...]
     class_of: list[int]
     rates: Rates
+    drifts: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class DeviceClass:
         up_rate: Bits or bytes per second to the server.
         down_rate: Bits or bytes per second from the server.
         devices: Indices of its devices, from 0. Not given: its share, drawn, of those that no class names.
+        drift: In every round each device has so much less of its memory, at most, as a part of it: drawn evenly from
+            nothing to this.
     """
 
     name: str
@@ -136,6 +140,7 @@ class DeviceClass:
     up_rate: str | None = None
     down_rate: str | None = None
     devices: tuple[int, ...] | None = None
+    drift: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse shares and quantities that mean nothing.
@@ -145,6 +150,10 @@ class DeviceClass:
         """
         if not 0 < self.share < math.inf:
             raise ValueError(f"share must be above 0 and finite, got {self.share}")
+        if not 0 <= self.drift < 1:
+            raise ValueError(f"drift must be from 0 to below 1, got {self.drift}")
+        if self.drift and self.memory is None:
+            raise ValueError(f"drift is of the memory, and none is given; got {self.drift}")
         _ = self.budget, self.rates
 
     @property
@@ -235,4 +244,5 @@ def roster(classes: Sequence[DeviceClass], devices: int, seed: int) -> Roster:
     down, speed, up = np.array([each.rates for each in classes])[class_of].T
     steady = np.zeros(devices)
     rates = Rates(down, speed, up, steady, steady)
-    return Roster(tuple(each.name for each in classes), tuple(each.budget for each in classes), class_of, rates)
+    names, budgets, drifts = zip(*((each.name, each.budget, each.drift) for each in classes), strict=True)
+    return Roster(names, budgets, class_of, rates, drifts)

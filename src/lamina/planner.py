@@ -35,11 +35,20 @@ class Group:
         name: Of the class.
         devices: How many there are.
         budget: Of each.
+        drift: How much of its memory, as a part of it, may be gone in a round; see `DeviceClass`.
     """
 
     name: str
     devices: int
     budget: Budget
+    drift: float = 0.0
+
+    def budget_in(self, turn: Turn) -> Budget:
+        """What one of the devices can spend in a round."""
+        if not self.drift or self.budget.memory_bytes is None:
+            return self.budget
+        left = 1 - self.drift * turn.rng("drift").random()
+        return replace(self.budget, memory_bytes=int(self.budget.memory_bytes * left))
 
 
 @dataclass(frozen=True)

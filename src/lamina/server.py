@@ -172,8 +172,9 @@ class _Round:
         """The plan of a device, and its row as if no update came."""
         experiment, outlook = self._experiment, self._outlook
         group, steps = outlook.class_of[device], experiment.local.round_steps(examples)
-        work = (experiment.local, experiment.task.window, outlook.steps, self._turn(device), experiment.levers)
-        choice = choose_plan(self._method, self._spec, outlook.groups[group].budget, *work, self._state.memory)
+        turn, work = self._turn(device), (experiment.local, experiment.task.window, outlook.steps)
+        budget = outlook.groups[group].budget_in(turn)
+        choice = choose_plan(self._method, self._spec, budget, *work, turn, experiment.levers, self._state.memory)
         plan = choice.plan
         if plan is None:
             self.rows[device] = DeviceRow(device, group, None, 0)

@@ -46,7 +46,7 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["name"],
             row["plan"] or "sits out",
             str(row["devices"]),
-            *(human(resource, row["predicted"][resource], row["budget"][resource]) for resource in columns),
+            *(_of_budget(row, resource) for resource in columns),
             *([_time(row["seconds"])] if timed else []),
             _limit(row),
         )
@@ -55,6 +55,12 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
     heads = (*(RESOURCES[resource] for resource in columns), *(["time"] if timed else []))
     head = ("class", "trains blocks", "devices", *heads, "limited by")
     return Table("Device classes (per device and round: predicted / budget)", head, lines, left=2)
+
+
+def _of_budget(row: Mapping[str, Any], resource: str) -> str:
+    """What a class needs of a resource, of how much, and what part of that may be gone in a round."""
+    text = human(resource, row["predicted"][resource], row["budget"][resource])
+    return f"{text} (-{row['drift']:.0%})" if resource == "memory_bytes" and row.get("drift") else text
 
 
 def _time(seconds: float | None) -> str:

@@ -29,12 +29,15 @@ class Traces:
         speed: Operations per second of a phone with the median score. The others: in proportion to their scores of
             floating-point networks on the CPU.
         since: Only phones of this year and later; the list begins with 2009.
+        drift: In every round each device has so much less of its memory, at most, as a part of it: drawn evenly from
+            nothing to this.
     """
 
     memory_share: float = 0.05
     classes: int = 6
     speed: str = "2 GFLOP/s"
     since: int = 0
+    drift: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing.
@@ -46,6 +49,8 @@ class Traces:
             raise ValueError(f"memory_share must be above 0 and at most 1, got {self.memory_share}")
         if self.classes < 1:
             raise ValueError(f"classes must be at least 1, got {self.classes}")
+        if not 0 <= self.drift < 1:
+            raise ValueError(f"drift must be from 0 to below 1, got {self.drift}")
         rate("speed", self.speed)
         latest = max(year for _, year, _, _ in _asset()["phones"])
         if self.since > latest:
@@ -67,6 +72,7 @@ class Traces:
             tuple(Budget(memory_bytes=int(self.memory_share * each.min() * GIB)) for each in sizes),
             class_of[phone].tolist(),
             Rates(KIB * down, speed, KIB * up, down_std / down, up_std / up),
+            (self.drift,) * len(sizes),
         )
 
     def _classes(self, ram: np.ndarray) -> np.ndarray:

@@ -216,7 +216,7 @@ class LiveRounds:
 
     def round(self, row: RoundRow, devices: Sequence[DeviceRow], classes: Sequence[str]) -> None:
         """A finished round: one line, one more for each update that was rejected for what it was."""
-        from lamina.clock import ABANDONED, AWAY, LATE
+        from lamina.clock import ABANDONED, AWAY, FAILED, LATE
 
         self.done = row.round
         self.bar.update(self.task, completed=row.round)
@@ -226,10 +226,11 @@ class LiveRounds:
             parts.append(f"{name} {sum(losses) / len(losses):.3f}" if losses else f"{name} -")
         accuracy = f", accuracy {row.accuracy['mean_over_devices']:.2%}" if row.accuracy else ""
         loss = "no usable update: the round is abandoned" if row.loss is None else f"loss {row.loss:.3f}"
-        lost = [f", {count} {why}" for why in (LATE, AWAY) if (count := sum(each.rejected == why for each in devices))]
+        counts = {why: sum(each.rejected == why for each in devices) for why in (LATE, AWAY, FAILED)}
+        lost = [f", {count} {why}" for why, count in counts.items() if count]
         clock = f", clock {duration(row.clock_seconds)}" if row.clock_seconds else ""
         told = f"{accuracy}{''.join(lost)}, {row.seconds:.1f} s{clock}"
         self.view.say(f"round {row.round:3}: {loss} ({', '.join(parts)}){told}")
         for each in devices:
-            if each.rejected not in (None, LATE, AWAY, ABANDONED):
+            if each.rejected not in (None, *counts, ABANDONED):
                 self.view.say(f"           rejected: device {each.device}: {each.rejected}")

@@ -33,6 +33,7 @@ COMPARISON = """## Top level of a comparison
 | key | accepts | default | |
 |---|---|---|---|
 | `seeds` | list of integers | `[0]` | Every method runs with each of them. |
+| `target` | number | | An accuracy (mean over devices) of which is told what it cost to reach it. |
 | `[[methods]]` | tables | must be given | `[method]` tables, which may have the keys below as well. |
 | `label` | text | name of the method | Its name in tables and pictures. |
 | `local` | table | `[local]` | Keys that go before those of `[local]`. A list is a grid: one entry per value. |

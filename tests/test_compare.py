@@ -94,6 +94,8 @@ def test_a_file_gives_an_experiment_per_method(table: Table, tmp_path: Path) -> 
             {"methods": [{"name": "caf"}]},
             r"\[\[methods\]\] 1: \[method\]: unknown name 'caf'; did you mean 'caff'",
         ),
+        "share": ({"target": 50}, "target must be an accuracy between 0 and 1, such as 0.5, got 50"),
+        "unseen": ({"target": 0.5}, "target needs rounds that are evaluated on the way: set eval_every, such as 1"),
         "key": ({"methods": [{"name": "caff", "rnk": 2}]}, r"\[\[methods\]\] 1: \[method\] caff: unknown key 'rnk'"),
         "local": ({"methods": [{"name": "caff", "local": 3}]}, r"\[\[methods\]\] 1: local must be a table, got 3"),
     }.values(),
@@ -174,6 +176,46 @@ def test_one_seed_has_no_spread(table: Table, tmp_path: Path) -> None:
     (row,) = compare.collect(comparison, found, {})["methods"]
     assert row["accuracy"]["after"]["p10"]["std"] is None
     assert "±" not in str(tables.comparison({"seeds": [3], "methods": [row]})[0].rows)
+
+
+def test_what_it_cost_to_reach_a_target(table: Table, tmp_path: Path) -> None:
+    """The target lies where one seed of the first method gets in its second round, and no seed of the second ever."""
+    table |= {"rounds": 4, "eval_every": 1, "seeds": [3, 1]}
+    table["methods"] = [{"name": "caff"}, {"name": "caff", "label": "slow", "local": {"lr": 1e-9}}]
+    found = list(cells(load(table, tmp_path), tmp_path))
+    for cell in found:
+        run_cell(cell, {}, finish)
+    lines = {
+        seed: [json.loads(line) for line in (cell.folder / "rounds.jsonl").read_text().splitlines()]
+        for cell in found
+        if cell.label == "caff"
+        for seed in [cell.experiment.seed]
+    }
+    curve = {seed: [row["accuracy"]["mean_over_devices"] for row in rows] for seed, rows in lines.items()}
+    assert max(curve[3]) != max(curve[1])
+    better = max(curve, key=lambda seed: max(curve[seed]))
+    target = max(curve[better])
+    comparison = load(table | {"target": target}, tmp_path)
+    collected = collect(comparison, found, {})
+    first, slow = collected["methods"]
+    place = curve[better].index(target) + 1
+    assert first["to_target"] == {
+        "seeds": [better],
+        "round": place,
+        "up_bytes": sum(row["up_bytes"] for row in lines[better][:place]),
+        "flops": sum(row["flops"] for row in lines[better][:place]),
+        "clock_seconds": 0,
+    }
+    assert slow["to_target"] is None and collected["target"] == target
+    race = tables.comparison(collected)[1]
+    assert race.rows[0][:3] == ("caff", "1 of 2", f"{place:.1f}") and race.rows[1][:2] == ("slow", "0 of 2")
+    low = min(map(max, curve.values()))
+    both = collect(load(table | {"target": low}, tmp_path), found, {})["methods"][0]["to_target"]
+    firsts = [next(n for n, each in enumerate(curve[seed], 1) if each >= low) for seed in (3, 1)]
+    assert (both["seeds"], both["round"]) == ([3, 1], fmean(firsts))
+    compare.save(tmp_path / "tiny", collected)
+    assert "The dashed line is the target" in (tmp_path / "tiny" / "report.html").read_text()
+    assert collect(load(table, tmp_path), found, {})["methods"][0]["to_target"] is None
 
 
 def test_files_of_the_other_kind_are_told_apart(table: Table, tmp_path: Path) -> None:

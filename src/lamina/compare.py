@@ -19,6 +19,7 @@ from typing import Any
 from lamina import config, files, report, tables
 from lamina.config import Comparison, Experiment
 from lamina.errors import DoesNotFitError
+from lamina.report import charts
 from lamina.run import Run, resume, start
 
 SCHEMA = "lamina.compare/1"
@@ -42,6 +43,12 @@ class Cell:
         """Its summary; None where it is not done."""
         path = self.folder / "summary.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def reached(self, target: float) -> dict[str, float] | None:
+        """What it had spent when accuracy was first that high, at the end of a round; None where it never was."""
+        lines = (self.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        found = charts.progress(self.result() or {}, [json.loads(line) for line in lines])["mean_over_devices"]
+        return next((spent for spent, accuracy in found if accuracy >= target), None)
 
     def prepare(self) -> Run:
         """The run, taken up where it was stopped if it was.
@@ -72,15 +79,18 @@ def collect(comparison: Comparison, found: Sequence[Cell], misfits: Mapping[str,
         found: All cells.
         misfits: Label -> why the method cannot run on this fleet at all.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, _ in comparison.experiments:
         mine = [cell for cell in found if cell.label == label]
         done = {cell.experiment.seed: result for cell in mine if (result := cell.result())}
-        runs = [cell.folder.name for cell in mine if cell.experiment.seed in done]
-        rows.append(
-            _row(label, done) | {"runs": runs} if done else {"label": label, "seeds": [], "misfit": misfits.get(label)}
-        )
-    return {"schema": SCHEMA, "name": comparison.name, "seeds": list(comparison.seeds), "methods": rows}
+        if not done:
+            rows.append({"label": label, "seeds": [], "misfit": misfits.get(label)})
+            continue
+        runs = [cell for cell in mine if cell.experiment.seed in done]
+        to_target = _to_target(runs, comparison.target) if comparison.target else None
+        rows.append(_row(label, done) | {"to_target": to_target, "runs": [cell.folder.name for cell in runs]})
+    head = {"schema": SCHEMA, "name": comparison.name, "seeds": list(comparison.seeds), "target": comparison.target}
+    return head | {"methods": rows}
 
 
 def save(folder: Path, collected: Mapping[str, Any]) -> None:
@@ -128,6 +138,15 @@ def _row(label: str, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
             for index, each in enumerate(first["classes"])
         ],
     }
+
+
+def _to_target(done: Sequence[Cell], target: float) -> dict[str, Any] | None:
+    """What it took the seeds that got there, in the mean."""
+    found = {cell.experiment.seed: spent for cell in done if (spent := cell.reached(target))}
+    if not found:
+        return None
+    spent = next(iter(found.values()))
+    return {"seeds": list(found)} | {key: fmean(each[key] for each in found.values()) for key in spent}
 
 
 def _of_class(results: Sequence[dict[str, Any]], index: int) -> dict[str, Any] | None:

@@ -163,15 +163,19 @@ class Comparison:
         name: Of the comparison.
         seeds: Of the runs.
         experiments: One per method, with its label.
+        target: Accuracy, mean over devices, of which is told what it cost to reach it; None: not told.
     """
 
     name: str
     seeds: tuple[int, ...]
     experiments: tuple[tuple[str, Experiment], ...]
+    target: float | None = None
 
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     """The comparison in a TOML file: an experiment with `seeds` and [[methods]] in the place of `seed` and [method].
+
+    A `target` is an accuracy of which is told what it cost each method to reach it.
 
     Each of [[methods]] is a [method] table with, if wanted, a `label`, `networks` in the place of those at the top, and
     a `local` table whose keys go before those of [local]; where one is a list, the method is compared with each of its
@@ -185,11 +189,16 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
         raise UserError(f"{where} has no [[methods]], the methods to compare; a single experiment is for `run`")
     known = [f.name for f in dataclasses.fields(Experiment) if f.name not in ("seed", "method")]
     for key in table:
-        if key not in (names := [*known, "seeds", "methods", "on_infeasible"]):
+        if key not in (names := [*known, "seeds", "methods", "on_infeasible", "target"]):
             raise UserError(f"{where}: unknown key {key!r}; {nearest(key, names)}")
     seeds, methods = table.pop("seeds", [0]), table.pop("methods", [])
     if not isinstance(seeds, list) or not seeds or not all(type(each) is int and each >= 0 for each in seeds):
         raise UserError(f"{where}: seeds must be a list of integers from 0 on, at least one, got {seeds!r}")
+    target = table.pop("target", None)
+    if target is not None and not (isinstance(target, float) and 0 < target < 1):
+        raise UserError(f"{where}: target must be an accuracy between 0 and 1, such as 0.5, got {target!r}")
+    if target and not table.get("eval_every"):
+        raise UserError(f"{where}: target needs rounds that are evaluated on the way: set eval_every, such as 1")
     if not isinstance(methods, list) or not methods or not all(isinstance(each, Mapping) for each in methods):
         raise UserError(f"{where}: methods must be written as [[methods]] tables, one per method, at least one")
     common = {"on_infeasible": table.pop("on_infeasible", "drop")}
@@ -206,7 +215,7 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
             merged = table | own | {"method": common | entry, "local": values}
             experiments[label] = experiment(merged, f"{where}: [[methods]] {number}")
     first = next(iter(experiments.values()))
-    return Comparison(first.name, tuple(dict.fromkeys(seeds)), tuple(experiments.items()))
+    return Comparison(first.name, tuple(dict.fromkeys(seeds)), tuple(experiments.items()), target)
 
 
 def _grid(label: str, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -294,8 +294,25 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
     held_head = ("method", "network", "class", "trains blocks", "levers", "holds", "peak memory / budget")
     return [
         Table(title, head, results),
+        *([_race(done, collected["target"])] if done and collected.get("target") else []),
         Table("What each class held and trained", held_head, classes, left=5),
     ]
+
+
+def _race(done: Sequence[Mapping[str, Any]], target: float) -> Table:
+    """What it took each method to reach an accuracy, the soonest first; means over the seeds that did."""
+    timed = any(row["to_target"] and row["to_target"]["clock_seconds"] for row in done)
+    lines = []
+    for row in sorted(done, key=lambda row: row["to_target"]["round"] if row["to_target"] else math.inf):
+        spent, count = row["to_target"], len(row["seeds"])
+        if not spent:
+            lines.append((row["label"], f"0 of {count}", *[""] * (3 + timed)))
+            continue
+        costs = (human("bytes", round(spent["up_bytes"])), human("flops", round(spent["flops"])))
+        time = [duration(spent["clock_seconds"])] if timed else []
+        lines.append((row["label"], f"{len(spent['seeds'])} of {count}", f"{spent['round']:.1f}", *costs, *time))
+    head = ("method", "seeds there", "rounds", "up", "FLOPs", *(["time"] if timed else []))
+    return Table(f"Until {target:.1%} are reached (mean over the seeds that do)", head, lines)
 
 
 def _percent(found: Mapping[str, float | None]) -> str:

@@ -185,23 +185,26 @@ def fairness(methods: Sequence[Row]) -> Chart | None:
     return Chart("fairness", title, note, marks.drawing(900, bottom + 42, title, *parts))
 
 
-def learning(methods: Sequence[Row], runs: Curves) -> list[Chart]:
+def learning(methods: Sequence[Row], runs: Curves, target: float | None = None) -> list[Chart]:
     """Accuracy over rounds, bytes sent, operations and virtual time: means over seeds, with bands of one deviation.
 
-    None where nothing was evaluated between the first round and the last: the ranking has said all.
+    A target is a dashed line. None where nothing was evaluated between the first round and the last: the ranking has
+    said all.
     """
     found = {row["label"]: _means(runs[row["label"]]) for row in methods if runs.get(row["label"])}
     index = {row["label"]: i for i, row in enumerate(methods)}
     if not any(len(points) > 2 for points in found.values()):
         return []
     edges = [value + sign * std for points in found.values() for _, value, std in points for sign in (-1, 1)]
-    y, made = Scale(*marks.padded(edges), TOP + TALL + 60, TOP), []
+    y, made = Scale(*marks.padded([*edges, *([target] if target else [])]), TOP + TALL + 60, TOP), []
     for key, across in COSTS.items():
         top = max(cost[key] for points in found.values() for cost, _, _ in points)
         if not top:
             continue
         x = Scale(0, top, LEFT, 300)
         parts = [marks.axes(x, y, across, ACCURACY)]
+        if target:
+            parts.append(marks.line([(x.start, y(target)), (x(top), y(target))], "dash"))
         for label, points in found.items():
             at = [(x(cost[key]), y(value), y(value - std), y(value + std)) for cost, value, std in points]
             look = colour(index[label])
@@ -237,4 +240,9 @@ def of_comparison(collected: Row, runs: Curves) -> list[Chart]:
     if not any(row["seeds"] for row in methods):
         return []
     fair = fairness(methods)
-    return [ranking(methods), *tradeoffs(methods), *([fair] if fair else []), *learning(methods, runs)]
+    return [
+        ranking(methods),
+        *tradeoffs(methods),
+        *([fair] if fair else []),
+        *learning(methods, runs, collected.get("target")),
+    ]

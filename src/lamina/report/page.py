@@ -136,7 +136,8 @@ def _of_comparison(folder: Path, collected: Row) -> Report:
         "Colours are those above. Memory is the predicted peak, the mean over the devices that take part; the rest "
         "is summed over all devices and rounds. What devices receive is in the table below."
         + (f" {contrast.BEYOND}" if any(contrast.over_budget(row) for _, row in contrast.ranked(methods)) else ""),
-        "learning": "Means over seeds, with bands of one standard deviation.",
+        "learning": "Means over seeds, with bands of one standard deviation."
+        + (f" The dashed line is the target, {collected['target']:.1%}." if collected.get("target") else ""),
     }
     sections: list[Section] = []
     for chart in made:

@@ -1,18 +1,29 @@
-"""Print what records/study says of some settings: accuracy of each method, and how far it is from CAFF, seed by seed.
+"""Write what records/study says of every setting: accuracy of each method, and how far it is from CAFF, seed by seed.
 
-python studies/table.py cifar10-half shakespeare-half
+python studies/table.py docs/study-tables.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from lamina import files
+
 RECORDS = Path(__file__).parent.parent / "records" / "study"
+MIB, TERA = 2**20, 1e12
+HEAD = """# Study: all tables
+
+Made by `python studies/table.py docs/study-tables.md` from [records/study](../records/study); what they say is in
+[the study](study.md). Accuracies are means over devices, then means ± standard deviations over seeds where there are
+several; "against CAFF" is the difference seed by seed. Uplink and operations are those of all devices in all rounds,
+the peak is that of the class with the most. Of fleets with several classes, accuracy is told for each as well, in brackets
+where the class takes no part. In tunings, accuracy is that on examples held back from training.
+"""
 
 
 def accuracies(folder: Path, row: dict[str, Any]) -> dict[int, float]:
@@ -27,42 +38,65 @@ def told(values: Sequence[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:{sign}.1f}"
 
 
+def of_class(row: dict[str, Any]) -> str:
+    """Accuracy of a class, in brackets where it takes no part."""
+    accuracy = row["accuracy"]
+    if not accuracy:
+        return ""
+    text = f"{100 * accuracy['mean']:.1f}" + (f" ± {100 * accuracy['std']:.1f}" if accuracy["std"] is not None else "")
+    return text if row["plan"] else f"({text})"
+
+
+def cells(row: dict[str, Any], mine: dict[int, float], ours: dict[int, float], target: float | None) -> Iterator[str]:
+    """A line of a table."""
+    classes, totals = row["classes"], row["totals"]
+    gaps = [mine[seed] - ours[seed] for seed in mine.keys() & ours.keys() if row["label"] != "caff"]
+    peak = max(each["predicted"]["memory_bytes"] for each in classes if each["plan"]) / MIB
+    yield from (row["label"], row["network"], "; ".join(each["plan"] or "nothing" for each in classes))
+    yield from (told([*mine.values()]), told(gaps, "+") if gaps else "")
+    yield from (of_class(each) for each in classes if len(classes) > 1)
+    yield from (f"{peak:.1f}", f"{totals['up_bytes'] / MIB:.1f}", f"{totals['flops'] / TERA:.1f}")
+    if target:
+        spent = row["to_target"]
+        reached = spent["seeds"] if spent else []
+        yield f"{len(reached)} of {len(mine)}"
+        yield from (
+            (f"{spent['round']:.0f}", f"{spent['up_bytes'] / MIB:.0f}", f"{spent['flops'] / TERA:.1f}")
+            if spent
+            else ("", "", "")
+        )
+
+
 def table(folder: Path) -> str:
     """The methods of a recorded setting, the best first, as Markdown."""
-    rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["methods"]
+    collected = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    rows, target = collected["methods"], collected.get("target")
     found = {row["label"]: accuracies(folder, row) for row in rows if row["seeds"]}
-    ours = found.get("caff", {})
-    head = "| method | network | trains | accuracy, % | against CAFF | peak, MiB | uplink, MiB | TFLOP |"
-    lines = [f"### {folder.name}", "", head, "|---|---|---|---|---|---|---|---|"]
-    for row in sorted((row for row in rows if row["seeds"]), key=lambda row: -mean(found[row["label"]].values())):
-        mine = found[row["label"]]
-        gaps = [mine[seed] - ours[seed] for seed in mine.keys() & ours.keys() if row["label"] != "caff"]
-        peak = max(each["predicted"]["memory_bytes"] for each in row["classes"] if each["plan"]) / 2**20
-        plans = "; ".join(each["plan"] or "nothing" for each in row["classes"])
-        sent, work = row["totals"]["up_bytes"] / 2**20, row["totals"]["flops"] / 1e12
-        cells = (
-            row["label"],
-            row["network"],
-            plans,
-            told([*mine.values()]),
-            told(gaps, "+") if gaps else "",
-            f"{peak:.1f}",
-            f"{sent:.1f}",
-            f"{work:.1f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+    done = sorted((row for row in rows if row["seeds"]), key=lambda row: -mean(found[row["label"]].values()))
+    names = [each["name"] for each in done[0]["classes"]]
+    head = ["method", "network", "trains", "accuracy, %", "against CAFF", *(names if len(names) > 1 else [])]
+    head += ["peak, MiB", "uplink, MiB", "TFLOP"]
+    head += [f"reach {target:.0%}", "round", "MiB till then", "TFLOP till then"] if target else []
+    lines = [f"### {folder.name}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in done:
+        lines.append(f"| {' | '.join(cells(row, found[row['label']], found.get('caff', {}), target))} |")
     for words, rest in (("Have no plan", True), ("Not run", False)):
-        names = [row["label"] for row in rows if not row["seeds"] and bool(row["misfit"]) is rest]
-        lines += ["", f"{words}: {'; '.join(names)}."] if names else []
+        left = [row["label"] for row in rows if not row["seeds"] and bool(row["misfit"]) is rest]
+        lines += ["", f"{words}: {'; '.join(left)}."] if left else []
     return "\n".join(lines)
 
 
+def page() -> str:
+    """A table of each setting, by task."""
+    folders = sorted(file.parent for file in RECORDS.glob("*/compare.json"))
+    return "\n\n".join([HEAD.rstrip(), *map(table, folders)]) + "\n"
+
+
 def main() -> None:
-    """A table of each setting."""
+    """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", help="TASK-SETTING")
-    for setting in parser.parse_args().settings:
-        print(f"\n{table(RECORDS / setting)}")
+    parser.add_argument("out", type=Path)
+    files.write(parser.parse_args().out, page())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ HEAD = """# Study: all tables
 Made by `python studies/table.py docs/study-tables.md` from [records/study](../records/study); what they say is in
 [the study](study.md). Accuracies are means over devices, then means ± standard deviations over seeds where there are
 several; "against CAFF" is the difference seed by seed. Uplink and operations are those of all devices in all rounds,
-the peak is that of the class with the most. Of fleets with several classes, accuracy is told for each as well, in brackets
+the peak is that of the class with the most. Of fleets with several classes, accuracy is told for each, in brackets
 where the class takes no part. In tunings, accuracy is that on examples held back from training.
 """
 

@@ -146,7 +146,7 @@ def test_a_delete_character_is_dumped_too() -> None:
 
 TOP = (
     "name, rounds, cohort, networks, seed, eval_every, eval_devices, validation, clip_updates, workers, levers, "
-    "enforce, engine, device, precision, prefix_ram, prefix_disk, track, task, method, local, fleet, clock"
+    "enforce, engine, device, precision, prefix_ram, prefix_disk, track, prefer, task, method, local, fleet, clock"
 )
 METHOD_NAMES = ", ".join(METHODS)
 FLEET_KEYS = "name, share, memory, uplink, downlink, flops, speed, up_rate, down_rate, devices, drift"

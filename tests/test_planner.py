@@ -131,6 +131,18 @@ def test_ties_go_to_the_deepest() -> None:
         assert chosen(CAFF, groups, order).name == "tiny-4"
 
 
+def test_the_deepest_may_be_preferred() -> None:
+    """tiny-3 trains three blocks and tiny-4 two; who would be left out by tiny-4 alone makes it lose."""
+    budget = Budget(flops=prices(CAFF, 3)[3].flops)
+    groups = [Group("all", 5, budget), Group("weak", 1, Budget(memory_bytes=memory(3, 1)))]
+    work = (LOCAL, WINDOW, STEPS)
+    for method, some, name in ((CAFF, groups[:1], "tiny-4"), (CAFF, groups, "tiny-3"), (DROP, groups, "tiny-3")):
+        scored = candidates(method, some, (2, 3, 4))
+        assert choose_network(method, scored, some, *work, prefer="deep").name == name
+    assert [each.feasible for each in candidates(DROP, groups, (3, 4))] == [True, True]
+    assert memory(3, 1) < memory(4, 1)
+
+
 def test_the_order_of_classes_and_networks_does_not_matter() -> None:
     groups = [
         Group("a", 1, Budget()),

@@ -332,6 +332,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
             "personalised": type(None),
             "network": {
                 "chosen": str,
+                "prefer": str,
                 "candidates": [{"name": str, "blocks": int, "mean_trained_blocks": float, "feasible": bool}],
             },
             "classes": [

@@ -42,7 +42,7 @@ KEYS = {
     "": (
         config.Experiment,
         "name rounds cohort networks seed eval_every eval_devices validation clip_updates workers levers enforce "
-        "engine device precision prefix_ram prefix_disk track task method local fleet clock",
+        "engine device precision prefix_ram prefix_disk track prefer task method local fleet clock",
     ),
     "task shakespeare": (
         TASKS["shakespeare"],

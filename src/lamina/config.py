@@ -23,6 +23,7 @@ from lamina.fleet import DeviceClass, quantity
 from lamina.job import Local
 from lamina.levers import Allowed, rungs
 from lamina.methods import METHODS, Method
+from lamina.planner import Prefer
 from lamina.pretrain import Pretrain, PretrainImages, PretrainText
 from lamina.traces import Traces
 from lamina.track import Name as Tracker
@@ -64,6 +65,8 @@ class Experiment:
         track: Experiment trackers that are told each round: "tensorboard", "mlflow", "wandb"; see `docs/report.md`.
             Changes no result.
         networks: Candidate networks: names of the package's, or folders.
+        prefer: Which is taken of those that the budgets allow: "trained", of which devices train most blocks in the
+            mean, of equals the deepest (the rule of CAFF); or "deep", the deepest that leaves fewest devices out.
         task: The `[task]` table.
         method: The `[method]` table.
         local: The `[local]` table.
@@ -89,6 +92,7 @@ class Experiment:
     prefix_ram: str | int = "1 GiB"
     prefix_disk: str | int = "4 GiB"
     track: tuple[Tracker, ...] = ()
+    prefer: Prefer = "trained"
     task: TaskTable = field(default_factory=Shakespeare)
     method: Method = field(default_factory=METHODS["caff"])
     local: Local = field(default_factory=Local)

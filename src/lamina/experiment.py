@@ -17,7 +17,7 @@ from lamina.errors import UserError
 from lamina.fleet import Budget, Rates, Roster, roster
 from lamina.layout import Layout
 from lamina.plan import Plan
-from lamina.planner import Candidate, Fleet, Group, assess, choose_network, fit
+from lamina.planner import Candidate, Fleet, Group, Prefer, assess, choose_network, fit
 from lamina.spec import Spec
 from lamina.traces import Traces
 
@@ -35,6 +35,7 @@ class Outlook:
         steps: Local steps that the prices are for: the most any device takes.
         rates: Of every device.
         availability: Of every device.
+        prefer: The rule by which the network was chosen.
     """
 
     class_of: list[int]
@@ -45,6 +46,7 @@ class Outlook:
     steps: int
     rates: Rates
     availability: Availability
+    prefer: Prefer = "trained"
 
     def fleet(self, experiment: Experiment, task: Task) -> Fleet:
         """What the method may know of the devices."""
@@ -63,7 +65,11 @@ class Outlook:
 
     def network_json(self) -> dict[str, Any]:
         """The chosen network and the score table."""
-        return {"chosen": self.chosen.name, "candidates": [each.to_json() for each in self.candidates]}
+        return {
+            "chosen": self.chosen.name,
+            "prefer": self.prefer,
+            "candidates": [each.to_json() for each in self.candidates],
+        }
 
     def classes_json(self) -> list[dict[str, Any]]:
         """Per class: budget, plan and price; for a class that sits out, the price of the cheapest plan."""
@@ -191,6 +197,7 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
     work = (experiment.local, tokens, steps, experiment.levers, experiment.rounds)
     found = _fitted(experiment)
     candidates = [assess(experiment.method, folder.name, spec, groups, *work) for folder, spec in found.items()]
-    chosen = choose_network(experiment.method, candidates, groups, *work)
+    chosen = choose_network(experiment.method, candidates, groups, *work, experiment.prefer)
     folder = list(found)[candidates.index(chosen)]
-    return Outlook(fleet.class_of, groups, tuple(candidates), chosen, folder, steps, fleet.rates, times)
+    found_by = (fleet.rates, times, experiment.prefer)
+    return Outlook(fleet.class_of, groups, tuple(candidates), chosen, folder, steps, *found_by)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, reduce
 from itertools import chain, combinations, takewhile
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from lamina.plan import Plan
 from lamina.spec import Spec
 from lamina.units import human
 
+Prefer = Literal["trained", "deep"]
 _PLAIN = Method()
 
 
@@ -338,17 +339,20 @@ def choose_network(
     steps: int,
     levers: Allowed = "none",
     rounds: int = 1,
+    prefer: Prefer = "trained",
 ) -> Candidate:
-    """The feasible network with the largest mean number of trained blocks; of equals, the deepest (CAFF, 2411.07826).
+    """The feasible network of which devices train most, or the deepest.
 
-    A frozen block costs little next to a trained one, so ties are common; the deepest was pretrained best.
+    "trained" is the rule of CAFF (2411.07826): the largest mean number of trained blocks, and of equals the deepest. A
+    frozen block costs little next to a trained one, so ties are common; the deepest was pretrained best. "deep" is
+    ours: of the networks that leave fewest devices out, the deepest. In docs/study.md it is ahead throughout.
 
     Raises:
         DoesNotFitError: No network is feasible; the message names the class, the resource and what would help.
     """
     able = [candidate for candidate in candidates if candidate.feasible]
     if able:
-        return max(able, key=lambda candidate: (candidate.mean_trained_blocks, candidate.spec.blocks))
+        return max(able, key=lambda candidate: _rank(candidate, groups, prefer))
     misfits = [
         (candidate, group, choice)
         for candidate in candidates
@@ -378,3 +382,11 @@ def choose_network(
             remedies.insert(0, f"local.batch_size = {size}")
             break
     raise DoesNotFitError(f"{text}; try {' or '.join(filter(None, (', '.join(remedies[:-1]), remedies[-1])))}")
+
+
+def _rank(candidate: Candidate, groups: Sequence[Group], prefer: Prefer) -> tuple[Fraction, int]:
+    """The larger, the better."""
+    if prefer == "trained":
+        return candidate.mean_trained_blocks, candidate.spec.blocks
+    taken = (group.devices for group, choice in zip(groups, candidate.choices, strict=True) if choice.plan)
+    return Fraction(sum(taken)), candidate.spec.blocks

@@ -32,7 +32,11 @@ def networks(network: Mapping[str, Any]) -> Table:
         )
         for each in network["candidates"]
     ]
-    title = "Networks (* chosen: most trained blocks on average, of equals the deepest)"
+    rule = {
+        "trained": "most trained blocks on average, of equals the deepest",
+        "deep": "the deepest of those that leave fewest devices out",
+    }
+    title = f"Networks (* chosen: {rule[network.get('prefer', 'trained')]})"
     return Table(title, ("network", "blocks", "mean trained blocks", "feasible"), rows)
 
 

@@ -19,7 +19,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lamina import config, files
+from lamina import files, toml
 
 HERE = Path(__file__).parent
 RECORDS = HERE.parent / "records" / "study"
@@ -131,7 +131,7 @@ def warmed(table: dict[str, Any], out: Path) -> str:
     first |= {"name": f"{table['name']}-up", "seed": 100, "rounds": 6, "networks": table["networks"][1:]}
     first |= {"method": {"name": "caff"}, "local": table["local"] | {"lr": 1e-3}}
     file = out / f"{first['name']}.toml"
-    files.write(file, config.dump(first))
+    files.write(file, toml.dump(first))
     begun = next((each for each in out.glob(f"{first['name']}-*") if each.is_dir()), None)
     if begun is None or not (begun / "summary.json").exists():
         told = ["--resume", begun] if begun else [file, "--out", out]
@@ -187,7 +187,7 @@ def main() -> None:
             table["seeds"] = given.seeds
         if setting == "warm":
             table["networks"] = [warmed(table, given.out)]
-        files.write(file, config.dump(table))
+        files.write(file, toml.dump(table))
         print(file, flush=True)
         if not given.dry:
             subprocess.run(["lamina", "compare", file, "--out", given.out], check=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support import Table, begin, lines, memory, outcome, write_world
 
-from lamina import cli, config, files, machine, run, server, tables
+from lamina import cli, config, files, machine, run, server, tables, toml
 from lamina.errors import UserError
 from lamina.experiment import load_task, look_ahead
 from lamina.explain import explain
@@ -31,7 +31,7 @@ def file(world: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The experiment as a file, with the networks by relative, short names."""
     monkeypatch.chdir(Path(world["task"]["path"]).parent)
     path = tmp_path / "tiny.toml"
-    path.write_text(config.dump(world | {"networks": ["tiny-2", "tiny-3"]}), encoding="utf-8")
+    path.write_text(toml.dump(world | {"networks": ["tiny-2", "tiny-3"]}), encoding="utf-8")
     return path
 
 
@@ -126,7 +126,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(
 ) -> None:
     table = json.loads(json.dumps(config.load_experiment(file).to_table()))
     change(table, tmp_path)
-    text = config.dump(table).replace("NaN", "nan")
+    text = toml.dump(table).replace("NaN", "nan")
     file.write_text(text, encoding="utf-8")
     out = tmp_path / "out"
     one_line(lamina("run", file, "--out", out, *flags), message)
@@ -163,7 +163,7 @@ def test_short_text_for_pretraining_is_refused(lamina: Call, tmp_path: Path) -> 
     path = tmp_path / "pretrain.toml"
     out = tmp_path / "out"
     table = {"text": str(tmp_path / "text.txt"), "out": str(out), "name": "n", "steps": [1], "lr": [0.1], "depths": [1]}
-    path.write_text(config.dump(table), encoding="utf-8")
+    path.write_text(toml.dump(table), encoding="utf-8")
     one_line(lamina("pretrain", path), "characters are too few")
     assert not out.exists()
 
@@ -271,7 +271,7 @@ def test_levers_are_a_word_or_a_list(given: str, accepted: Any, file: Path, lami
     experiment = config.load_experiment(file, settings)
     assert (experiment.levers, experiment.enforce) == (accepted, True)
     again = tmp_path / "again.toml"
-    again.write_text(config.dump(experiment.to_table()), encoding="utf-8")
+    again.write_text(toml.dump(experiment.to_table()), encoding="utf-8")
     assert config.load_experiment(again) == experiment
     code, out, _ = lamina("plan", again, "--json")
     (weak,) = (row for row in json.loads(out)["classes"] if row["name"] == "weak")
@@ -402,7 +402,7 @@ def test_pretrain_json_is_a_line_per_point(lamina: Call, tmp_path: Path) -> None
         **{"steps": [2, 1], "lr": [0.01, 0.01], "embed": 16, "heads": 2, "positions": 16, "batch_size": 2},
         **{"checkpoint_every": 1, "precision": "fp32", "device": "cpu"},
     }
-    path.write_text(config.dump(table), encoding="utf-8")
+    path.write_text(toml.dump(table), encoding="utf-8")
     code, out, err = lamina("pretrain", path, "--json")
     points = [json.loads(line) for line in out.splitlines()]
     assert code == 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import Table, memory, outcome, write_world
 
-from lamina import compare, config, tables
+from lamina import compare, config, tables, toml
 from lamina.cli import main
 from lamina.compare import cells, collect, run_cell
 from lamina.config import Comparison
@@ -37,7 +37,7 @@ def table(tmp_path: Path) -> Table:
 
 def written(table: Table, folder: Path) -> Path:
     path = folder / "compare.toml"
-    path.write_text(config.dump(table), encoding="utf-8")
+    path.write_text(toml.dump(table), encoding="utf-8")
     return path
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import VARIANTS, Table
 
-from lamina.config import Experiment, dump, experiment, load_experiment, load_pretrain
+from lamina import toml
+from lamina.config import Experiment, experiment, load_experiment, load_pretrain
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
 from lamina.errors import UserError, nearest
@@ -99,7 +100,7 @@ def test_tables_may_be_left_out() -> None:
 @pytest.mark.parametrize("method", VARIANTS.values(), ids=list(VARIANTS))
 def test_every_method_survives_toml(method: Any) -> None:
     made = replace(experiment(MINIMAL | {"local": {"lr": 1.0}}, "here"), method=method)
-    assert experiment(tomllib.loads(dump(made.to_table())), "there") == made
+    assert experiment(tomllib.loads(toml.dump(made.to_table())), "there") == made
 
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0\x7f"), min_size=1, max_size=8)
@@ -135,13 +136,13 @@ experiments = st.builds(
 
 @given(experiments)
 def test_what_is_dumped_is_loaded_the_same(made: Experiment) -> None:
-    text = dump(made.to_table())
+    text = toml.dump(made.to_table())
     assert experiment(tomllib.loads(text), "there") == made
-    assert dump(experiment(tomllib.loads(text), "there").to_table()) == text
+    assert toml.dump(experiment(tomllib.loads(text), "there").to_table()) == text
 
 
 def test_a_delete_character_is_dumped_too() -> None:
-    tomllib.loads(dump({"name": "a\x7f"}))
+    tomllib.loads(toml.dump({"name": "a\x7f"}))
 
 
 TOP = (
@@ -373,12 +374,12 @@ def test_pretraining_files_are_read_as_strictly(tmp_path: Path) -> None:
 
 def test_a_dump_leaves_out_none_and_keeps_order() -> None:
     table = {"b": 1, "none": None, "a": [1, "x"], "t": {"s": 'quo"te', "none": None}, "f": [{"n": 1.5}, {"n": True}]}
-    assert dump(table) == 'b = 1\na = [1, "x"]\n\n[t]\ns = "quo\\"te"\n\n[[f]]\nn = 1.5\n\n[[f]]\nn = true\n'
+    assert toml.dump(table) == 'b = 1\na = [1, "x"]\n\n[t]\ns = "quo\\"te"\n\n[[f]]\nn = 1.5\n\n[[f]]\nn = true\n'
 
 
 def test_json_numbers_are_toml_numbers() -> None:
     values = [1e-300, 1e300, 0.1, -0.0, 1e16, 123456789012345678]
-    assert tomllib.loads(dump({"v": values}))["v"] == values
+    assert tomllib.loads(toml.dump({"v": values}))["v"] == values
     assert json.dumps(1e16) == "1e+16"
 
 

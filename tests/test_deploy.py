@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
 from support import begin, write_world
 
-from lamina import cli, config, files
+from lamina import cli, config, files, toml
 from lamina.deploy import join, keep, keys, kit, processes, serve, submit, way
 from lamina.deploy.front import MOST_BYTES, Front, _Passing, serving
 from lamina.deploy.kit import Device, Kit
@@ -300,7 +300,7 @@ def test_flower_is_started_safely(made: Kit, monkeypatch: pytest.MonkeyPatch) ->
 def test_flower_is_told_where_the_server_is(tmp_path: Path) -> None:
     place = Kit(tmp_path / 'a "kit"', "localhost", 8443, 1)
     processes.write_link(place, 77)
-    table = config._read(processes.home(place) / "config.toml", [])["superlink"]
+    table = toml.read(processes.home(place) / "config.toml", [])["superlink"]
     assert table["default"] == processes.LINK
     assert table[processes.LINK] == {"address": "127.0.0.1:77", "root-certificates": str(place.folder / "ca.crt")}
 
@@ -309,7 +309,7 @@ def test_a_device_knows_its_experiment_and_its_profile(tmp_path: Path) -> None:
     device = Device(tmp_path, "localhost", 8443, 4)
     with pytest.raises(UserError, match=r"experiment\.toml is missing: copy the experiment there"):
         join.node_config(device)
-    (tmp_path / "experiment.toml").write_text(config.dump(write_world(tmp_path)))
+    (tmp_path / "experiment.toml").write_text(toml.dump(write_world(tmp_path)))
     table = {"device": 4, "experiment": str(tmp_path / "experiment.toml"), "cache": str(tmp_path / "cache")}
     assert join.node_config(device) == table
     (tmp_path / "profile.toml").write_text("")
@@ -513,7 +513,7 @@ def test_a_device_that_may_join_turns_into_what_keeps_it(
     device = replace(front[0], folder=tmp_path)
     for name in ("ca.crt", "device.key"):
         (tmp_path / name).write_bytes((front[0].folder / name).read_bytes())
-    (tmp_path / "experiment.toml").write_text(config.dump(write_world(tmp_path)))
+    (tmp_path / "experiment.toml").write_text(toml.dump(write_world(tmp_path)))
     with pytest.raises(UserError, match="does not let device 0 in"):
         join.join(device, told.append)
     assert not begun and not told
@@ -521,7 +521,7 @@ def test_a_device_that_may_join_turns_into_what_keeps_it(
     join.join(device, told.append)
     assert begun == [[sys.executable, "-m", "lamina.deploy.keep", str(tmp_path)]]
     assert told == [f"device 0 may join {device.address}; what follows is its SuperNode's; Ctrl-C stops"]
-    assert config._read(tmp_path / "node.toml", []) == join.node_config(device)
+    assert toml.read(tmp_path / "node.toml", []) == join.node_config(device)
     assert not files.is_locked(tmp_path)
 
 
@@ -721,7 +721,7 @@ def test_a_run_that_fails_on_the_server_says_why(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(processes, "program", lambda name: str(tmp_path / name))
     monkeypatch.setattr(submit, "_ASK_SECONDS", 0.1)
     server, file = Kit(tmp_path, "localhost", 8443, 1), tmp_path / "tiny.toml"
-    file.write_text(config.dump(write_world(tmp_path)))
+    file.write_text(toml.dump(write_world(tmp_path)))
     settings, folder = submit.begun(file, ["rounds=2"], tmp_path / "runs")
     with pytest.raises(UserError, match=r"^the run did not begin: the server has ended"):
         submit.play(server, settings, folder, View(quiet=True))
@@ -740,15 +740,15 @@ def test_a_run_that_fails_on_the_server_says_why(tmp_path: Path, monkeypatch: py
 def test_a_new_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     """The one that the app will make for the settings that it is given."""
     file = tmp_path / "tiny.toml"
-    file.write_text(config.dump(write_world(tmp_path)))
+    file.write_text(toml.dump(write_world(tmp_path)))
     for _ in range(2):
         settings, folder = submit.begun(file, ['name="a b"'], tmp_path / "runs")
-        table = config.build(AppTable, settings, "run config")
+        table = toml.build(AppTable, settings, "run config")
         assert json.loads(table.overrides) == ['name="a b"']
         made = start(real(config.load_experiment(Path(table.experiment))), Path(table.out), table.name)
         assert made.folder == folder
     simulated = {"clock": {"availability": "diurnal"}, "fleet": [{"name": "all", "speed": "1 GFLOP/s"}]}
-    file.write_text(config.dump(write_world(tmp_path) | simulated))
+    file.write_text(toml.dump(write_world(tmp_path) | simulated))
     with pytest.raises(UserError, match=r"clock\.availability is for simulated devices"):
         submit.begun(file, [], tmp_path / "runs")
 

@@ -13,7 +13,7 @@ import torch
 from support import CLASSES, WINDOW, Table, begin, bits, moved, spec, weights, write_texts, write_world
 from tokenizers import Tokenizer, models
 
-from lamina import checkpoint, cli, config, model, tables
+from lamina import checkpoint, cli, config, model, tables, toml
 from lamina.data.text import ALPHABET
 from lamina.errors import UserError
 from lamina.experiment import load_task, look_ahead
@@ -77,7 +77,7 @@ def test_a_class_whose_devices_have_no_test_examples(table: Table, tmp_path: Pat
     tested = [user for user, group in zip(USERS, class_of, strict=True) if group == 0]
     table["task"]["test_path"] = write_users(tmp_path / "strong.csv", tuple(tested))
     (tmp_path / "tiny-2" / "LICENSE").write_text("free", encoding="utf-8")
-    (tmp_path / "tiny.toml").write_text(config.dump(table), encoding="utf-8")
+    (tmp_path / "tiny.toml").write_text(toml.dump(table), encoding="utf-8")
     cli.run(tmp_path / "tiny.toml", out=tmp_path / "runs")
     shown = capsys.readouterr().out
     (folder,) = (tmp_path / "runs").iterdir()

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from support import Table, bits, lines, memory, outcome, write_world
 
-from lamina import client, config, deployed, files, networks, wire
+from lamina import client, config, deployed, files, networks, toml, wire
 from lamina.deployed import engine_of, in_real_time
 from lamina.engines import flower
 from lamina.engines.flower import FlowerEngine, Peer, Peers, parts, record
@@ -147,7 +147,7 @@ class World:
         table = write_world(folder, engine="serial", rounds=2, cohort=3) | changes
         table["task"] |= {"devices": 3}
         self.file = folder / "x.toml"
-        self.file.write_text(config.dump(table), encoding="utf-8")
+        self.file.write_text(toml.dump(table), encoding="utf-8")
         self.experiment = config.load_experiment(self.file)
         self.link = Link({10 + i: self.settings(i) for i in range(3)}, time)
 
@@ -693,7 +693,7 @@ def test_a_device_refuses_a_network_that_it_does_not_know(world: World) -> None:
         content[-1] ^= 1
         path.write_bytes(bytes(content))
     table["networks"] = [str(other / "tiny-2"), str(other / "tiny-3")]
-    (other / "x.toml").write_text(config.dump(table), encoding="utf-8")
+    (other / "x.toml").write_text(toml.dump(table), encoding="utf-8")
     reason = refused(world, 1, world.settings(1, experiment=str(other / "x.toml")))
     assert "base mismatch" in reason
     known = {networks.digest(world.folder / f"tiny-{i}") for i in (2, 3)}

@@ -24,7 +24,7 @@ from proxy import Proxy, proxied
 from support import lines, write_world
 
 import lamina
-from lamina import checkpoint, config, run
+from lamina import checkpoint, config, run, toml
 from lamina.deployed import in_real_time
 from lamina.engines.local import LocalEngine
 
@@ -148,7 +148,7 @@ class Grid:
         """The SuperNode of a device, which reaches the SuperLink on that port."""
         settings = self.folder / f"node-{device}.toml"
         table = {"device": device, "experiment": str(experiment), "cache": str(self.folder / f"cache-{device}")}
-        settings.write_text(config.dump(table), encoding="utf-8")
+        settings.write_text(toml.dump(table), encoding="utf-8")
         secrets = ("--root-certificates", self.folder / "ca.crt", "--auth-supernode-private-key")
         where = ("--superlink", f"127.0.0.1:{port}", "--port", self.ports[1 + device])
         key = self.folder / f"device-{device}"
@@ -181,7 +181,7 @@ def test_a_device_that_is_killed_costs_its_update_and_no_process_stays(grid: Gri
     table = write_world(grid.folder, engine="serial", rounds=2, cohort=3, **changes)
     table["task"] |= {"devices": 3}
     file, out = grid.folder / "x.toml", grid.folder / "runs"
-    file.write_text(config.dump(table), encoding="utf-8")
+    file.write_text(toml.dump(table), encoding="utf-8")
     grid.link()
     with proxied(grid.ports[0], cut_at=6000, cuts=4, delay_seconds=0.01) as proxy:
         play(grid, file, out, proxy)

@@ -16,7 +16,7 @@ import torch
 from support import Table, begin, bits, lines, memory, moved, outcome, write_world
 from transformers import GPT2LMHeadModel  # type: ignore[import-not-found, unused-ignore]
 
-from lamina import checkpoint, config, files, machine, model, run
+from lamina import checkpoint, config, files, machine, model, run, toml
 from lamina.errors import UserError
 from lamina.run import resume, start
 
@@ -204,7 +204,7 @@ def test_kill_minus_nine(world: Table, tmp_path: Path) -> None:
     whole = begin(table, tmp_path / "whole")
     whole.play()
     file = tmp_path / "experiment.toml"
-    file.write_text(config.dump(whole.experiment.to_table()), encoding="utf-8")
+    file.write_text(toml.dump(whole.experiment.to_table()), encoding="utf-8")
     folder = tmp_path / "killed" / whole.folder.name
     moments = [(random.randint(2, 8), random.random()), (random.randint(10, 16), random.random())]
     arguments = [[str(file), "--out", str(folder.parent)], ["--resume", str(folder)]]

@@ -16,7 +16,7 @@ import torch
 import typer
 from support import spec, write_world
 
-from lamina import checkpoint, config
+from lamina import checkpoint, config, toml
 from lamina.cli import app
 from lamina.clock import Clock
 from lamina.data import TASKS
@@ -148,7 +148,7 @@ def test_the_examples_are_accepted(path: Path) -> None:
         assert len(config.load_comparison(path).experiments) > 1
     else:
         made = config.load_experiment(path)
-        assert config.experiment(tomllib.loads(config.dump(made.to_table())), "again") == made
+        assert config.experiment(tomllib.loads(toml.dump(made.to_table())), "again") == made
 
 
 def test_there_are_examples() -> None:

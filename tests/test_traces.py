@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import begin, write_world
 
-from lamina import config
+from lamina import config, toml
 from lamina.availability import DAY_SECONDS, Availability, availability, read
 from lamina.errors import UserError
 from lamina.traces import GIB, KIB, Traces
@@ -107,7 +107,7 @@ def test_the_fleet_of_a_file(given: Any, tmp_path: Path) -> None:
     table = write_world(tmp_path) | {"fleet": given}
     made = config.experiment(table, "test")
     assert made.fleet == Traces()
-    assert config.experiment(tomllib.loads(config.dump(made.to_table())), "again") == made
+    assert config.experiment(tomllib.loads(toml.dump(made.to_table())), "again") == made
     run = begin(table, tmp_path / "runs")
     assert len(run.outlook.class_of) == len(run.outlook.rates.up) == 6
     assert run.play()["totals"]["clock_seconds"] > 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lamina import config, files, report, tables
+from lamina import files, report, tables, toml
 from lamina.config import Comparison, Experiment
 from lamina.errors import DoesNotFitError
 from lamina.report import charts
@@ -66,7 +66,7 @@ def cells(comparison: Comparison, out: Path) -> Iterator[Cell]:
     for seed in comparison.seeds:
         for label, experiment in comparison.experiments:
             made = replace(experiment, seed=seed)
-            digest = files.digest(config.dump(replace(made, workers=0, track=()).to_table()).encode())[:8]
+            digest = files.digest(toml.dump(replace(made, workers=0, track=()).to_table()).encode())[:8]
             short = re.sub(r"[^\w.]+", "-", label).strip("-")
             yield Cell(label, made, out / comparison.name / f"{short}-{seed}-{digest}")
 

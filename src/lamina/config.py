@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
-import json
 import math
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
-from lamina import placement
+from lamina import placement, toml
 from lamina.clock import Clock
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
@@ -28,7 +25,6 @@ from lamina.pretrain import Pretrain, PretrainImages, PretrainText
 from lamina.traces import Traces
 from lamina.track import Name as Tracker
 
-T = TypeVar("T")
 TRACES = "traces"
 
 
@@ -188,7 +184,7 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     Raises:
         UserError: The file is missing or not TOML, or a key or value is not accepted.
     """
-    table, where = _read(path, overrides), str(path)
+    table, where = toml.read(path, overrides), str(path)
     if "methods" not in table:
         raise UserError(f"{where} has no [[methods]], the methods to compare; a single experiment is for `run`")
     known = [f.name for f in dataclasses.fields(Experiment) if f.name not in ("seed", "method")]
@@ -247,7 +243,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         UserError: The file is missing or not TOML, or a key or value is not accepted.
     """
-    return experiment(_read(path, overrides), str(path))
+    return experiment(toml.read(path, overrides), str(path))
 
 
 def experiment(table: Mapping[str, Any], where: str) -> Experiment:
@@ -259,24 +255,24 @@ def experiment(table: Mapping[str, Any], where: str) -> Experiment:
     table = dict(table)
     if "methods" in table:
         raise UserError(f"{where} has [[methods]]: it is for `lamina compare`")
-    _check_keys(Experiment, table, where)
+    toml.check_keys(Experiment, table, where)
     parts: dict[str, Any] = {}
-    parts["task"] = _build_named(TASKS, {"name": "shakespeare"}, table.pop("task", {}), f"{where}: [task]")
-    parts["method"] = _build_named(METHODS, {"name": "caff"}, table.pop("method", {}), f"{where}: [method]")
-    parts["local"] = build(Local, table.pop("local", {}), f"{where}: [local]")
-    parts["clock"] = build(Clock, table.pop("clock", {}), f"{where}: [clock]")
+    parts["task"] = toml.build_named(TASKS, {"name": "shakespeare"}, table.pop("task", {}), f"{where}: [task]")
+    parts["method"] = toml.build_named(METHODS, {"name": "caff"}, table.pop("method", {}), f"{where}: [method]")
+    parts["local"] = toml.build(Local, table.pop("local", {}), f"{where}: [local]")
+    parts["clock"] = toml.build(Clock, table.pop("clock", {}), f"{where}: [clock]")
     parts["fleet"] = _fleet(table.pop("fleet", []), where)
-    return build(Experiment, table, where, parts)
+    return toml.build(Experiment, table, where, parts)
 
 
 def _fleet(given: Any, where: str) -> tuple[DeviceClass, ...] | Traces:
     """Device classes, or what stands in their place."""
     if isinstance(given, list | tuple):
-        return tuple(build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(given, 1))
+        return tuple(toml.build(DeviceClass, each, f"{where}: [[fleet]] {i}") for i, each in enumerate(given, 1))
     table = {"name": given} if isinstance(given, str) else given
     if not isinstance(table, Mapping) or table.get("name") != TRACES:
         raise UserError(f'{where}: fleet must be written as [[fleet]] tables, one per device class, or be "{TRACES}"')
-    return _build_named({TRACES: Traces}, {}, table, f"{where}: [fleet]")
+    return toml.build_named({TRACES: Traces}, {}, table, f"{where}: [fleet]")
 
 
 def load_classes(path: Path) -> tuple[DeviceClass, ...]:
@@ -285,7 +281,7 @@ def load_classes(path: Path) -> tuple[DeviceClass, ...]:
     Raises:
         UserError: As `load_experiment`, or there is none.
     """
-    found = _fleet(_read(path, ()).get("fleet", []), str(path))
+    found = _fleet(toml.read(path, ()).get("fleet", []), str(path))
     if isinstance(found, Traces) or not found:
         raise UserError(f"{path} has no [[fleet]] table, which says what a device can spare")
     return found
@@ -297,130 +293,14 @@ def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Pretrain:
     Raises:
         UserError: As `load_experiment`.
     """
-    table, kinds = _read(path, overrides), (PretrainText, PretrainImages)
+    table, kinds = toml.read(path, overrides), (PretrainText, PretrainImages)
     found = [cls for cls in kinds if cls.source in table]
     if len(found) != 1:
         given = "both" if found else "neither"
         raise UserError(
             f"{path}: what to learn from is given as {' or '.join(cls.source for cls in kinds)}; got {given}"
         )
-    return build(found[0], table, str(path))
-
-
-def dump(table: Mapping[str, Any]) -> str:
-    """TOML text of tables as `Experiment.to_table` gives them; None is left out."""
-    lines, tables = [], []
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            tables.append((f"[{key}]", value))
-        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-            tables += [(f"[[{key}]]", each) for each in value]
-        elif value is not None:
-            lines.append(f"{key} = {_toml(value)}")
-    for head, content in tables:
-        lines += ["", head, *(f"{key} = {_toml(value)}" for key, value in content.items() if value is not None)]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key} = {_toml(each)}' for key, each in value.items())}}}"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    if not path.is_file():
-        siblings = [each.name for each in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, siblings, n=1)
-        raise UserError(f"{path} is not a file" + (f"; did you mean {path.with_name(close[0])}?" if close else ""))
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
-    for override in overrides:
-        _override(table, override)
-    return table
-
-
-def _override(table: dict[str, Any], text: str) -> None:
-    """Set `a.b=value`: TOML, or else a plain string; nothing after the sign unsets the key.
-
-    Classes of the fleet go by name: fleet.weak.memory.
-    """
-    key, separator, value = text.partition("=")
-    *path, last = key.strip().split(".")
-    if not separator or not last:
-        raise UserError(f"--set takes key=value, such as local.lr=0.001; got {text!r}")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    target: Any = table
-    for step in path:
-        if isinstance(target, list):
-            named = {str(each.get("label", each.get("name"))): each for each in target if isinstance(each, dict)}
-            if step not in named:
-                raise UserError(f"--set {text}: {path[0]} has no {step!r}; {nearest(step, named)}")
-            target = named[step]
-        elif isinstance(target, dict):
-            target = target.setdefault(step, {})
-    if not isinstance(target, dict):
-        raise UserError(f"--set {text}: {'.'.join(path)} is not a table")
-    if value.strip():
-        target[last] = parsed
-    else:
-        target.pop(last, None)
-
-
-def _build_named(table: Mapping[str, type[T]], default: Mapping[str, Any], given: Any, where: str) -> T:
-    """An object of the class that `name` picks from a table of classes."""
-    if not isinstance(given, Mapping):
-        raise UserError(f"{where} must be a table, got {given!r}")
-    values = dict(default) | dict(given)
-    name = values.pop("name")
-    if not isinstance(name, str) or name not in table:
-        raise UserError(f"{where}: unknown name {name!r}; {nearest(str(name), table)}")
-    return build(table[name], values, f"{where} {name}")
-
-
-def build(cls: type[T], values: Any, where: str, parts: Mapping[str, Any] | None = None) -> T:
-    """An object of a dataclass from plain values, typed strictly; `parts` are fields that are built already.
-
-    Raises:
-        UserError: A key or value is not accepted; `where` names its origin.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where} must be a table, got {values!r}")
-    _check_keys(cls, values, where)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = get_type_hints(cls)
-    made = dict(parts or {})
-    for key, value in values.items():
-        try:
-            adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config={"strict": True, "allow_inf_nan": False})
-            made[key] = adapter.validate_json(json.dumps(value, default=str))
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise UserError(f"{where}: {key} = {value!r} is not accepted: {reason}") from error
-    optional = (dataclasses.MISSING, dataclasses.MISSING)
-    missing = [k for k, f in fields.items() if k not in made and (f.default, f.default_factory) == optional]
-    if missing:
-        raise UserError(f"{where}: {missing[0]} is missing")
-    try:
-        return cls(**made)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in names:
-            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, names)}")
+    return toml.build(found[0], table, str(path))
 
 
 def _name_of(table: Mapping[str, type], value: object) -> str:

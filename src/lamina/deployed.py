@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from lamina import config, files, machine, networks, wire
+from lamina import config, files, machine, networks, toml, wire
 from lamina import run as runs
 from lamina.clock import Clock
 from lamina.config import Experiment
@@ -77,7 +77,7 @@ def play(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     view = View()
     try:
-        table = config.build(AppTable, settings, "run config")
+        table = toml.build(AppTable, settings, "run config")
         with ExitStack() as held:
             run, peers = _begin(table, grid, view, held)
             for device, peer in sorted(peers.here.items()):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from lamina import client, config, files, model, networks, wire
+from lamina import client, config, files, model, networks, toml, wire
 from lamina.config import Experiment
 from lamina.cost import cost
 from lamina.data.task import Shard
@@ -140,7 +140,7 @@ class Node:
             UserError: A setting is not accepted, or a file cannot be used.
         """
         given = {key.replace("-", "_"): value for key, value in settings.items()}
-        self.table = config.build(NodeTable, given, "node config")
+        self.table = toml.build(NodeTable, given, "node config")
         self.experiment: Experiment = config.load_experiment(Path(self.table.experiment))
         self.said = self._class()
         self.budget = self.said.budget if self.said else Budget()

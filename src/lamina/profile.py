@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lamina import checkpoint, client, config, model, networks
+from lamina import checkpoint, client, model, networks, toml
 from lamina.cost import cost
 from lamina.errors import UserError
 from lamina.fleet import DeviceClass
@@ -87,7 +87,7 @@ class Profile:
             if self.rates
             else '# not measured: up_rate and down_rate, such as "4 Mbit/s"; without them sending takes no time',
         )
-        return "\n".join(notes) + config.dump({"fleet": [self.to_table()]})
+        return "\n".join(notes) + toml.dump({"fleet": [self.to_table()]})
 
     def to_json(self) -> dict[str, Any]:
         """What `lamina profile --json` prints; see docs/json.md."""

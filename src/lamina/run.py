@@ -31,7 +31,7 @@ import torch
 from safetensors.numpy import save
 from safetensors.torch import load_file
 
-from lamina import checkpoint, config, files, imports, networks, report, tables, track
+from lamina import checkpoint, config, files, imports, networks, report, tables, toml, track
 from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
@@ -291,7 +291,7 @@ def start(experiment: Experiment, root: Path, name: str = "") -> Run:
     """
     run = _prepare(experiment)
     run.folder = _new_folder(experiment, root, name)
-    files.write(run.folder / "config.toml", config.dump(_anchored(experiment).to_table()))
+    files.write(run.folder / "config.toml", toml.dump(_anchored(experiment).to_table()))
     files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
     return run
 
@@ -377,7 +377,7 @@ def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:
 
 def unused_name(experiment: Experiment, root: Path, name: str = "") -> str:
     """What a run folder under `root` can be called, beginning with `name` if given."""
-    name = name or f"{experiment.name}-{files.digest(config.dump(experiment.to_table()).encode())[:8]}"
+    name = name or f"{experiment.name}-{files.digest(toml.dump(experiment.to_table()).encode())[:8]}"
     names = (name + (f"-{count}" if count > 1 else "") for count in itertools.count(1))
     return next(each for each in names if not (root / each).exists())
 

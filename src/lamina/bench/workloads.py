@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina import checkpoint, config, files, model
+from lamina import checkpoint, config, files, model, toml
 from lamina.bench.runners import request as requests
 from lamina.bench.runners.request import EXPERIMENT, NETWORK, Request
 from lamina.config import Experiment
@@ -149,13 +149,13 @@ def prepare(
     network, path = folder / NETWORK, folder / EXPERIMENT
     params = model.init(workload.spec, torch.Generator().manual_seed(0))
     checkpoint.write(network, workload.spec, params, torch.float32, _CAREFUL)
-    files.write(path, config.dump(workload.table(f"bench-{name}", rounds, workers, network, device)))
+    files.write(path, toml.dump(workload.table(f"bench-{name}", rounds, workers, network, device)))
     experiment = config.load_experiment(path, overrides)
     if (experiment.rounds, experiment.workers, experiment.device) != (rounds, workers, device):
         raise UserError(
             "--set cannot change rounds, workers and device here: take --rounds, --warmup, --workers and --device"
         )
-    files.write(path, config.dump(experiment.to_table()))
+    files.write(path, toml.dump(experiment.to_table()))
     request = _drawn(experiment, folder, workers)
     requests.write(request)
     return request

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lamina import config, files
+from lamina import config, files, toml
 from lamina.deploy import processes
 from lamina.deploy.kit import CACHE, Device
 from lamina.errors import UserError
@@ -37,7 +37,7 @@ def join(device: Device, say: Callable[[str], None]) -> None:
         table = node_config(device)
         check(device)
         enter(device)
-        files.write(device.folder / "node.toml", config.dump(table))
+        files.write(device.folder / "node.toml", toml.dump(table))
     say(f"device {device.device} may join {device.address}; what follows is its SuperNode's; Ctrl-C stops")
     os.execv(sys.executable, [sys.executable, "-m", "lamina.deploy.keep", str(device.folder)])
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lamina import checkpoint, config, files
+from lamina import checkpoint, config, files, toml
 from lamina.deploy import processes
 from lamina.deploy.kit import Kit
 from lamina.deployed import real
@@ -188,7 +188,7 @@ class Submitted:
 def submitted(kit: Kit, settings: Mapping[str, str]) -> Iterator[Submitted]:
     """A run on the server; an interruption stops it there."""
     path = kit.state / "run.toml"
-    files.write(path, config.dump(settings))
+    files.write(path, toml.dump(settings))
     env = processes.environment(processes.home(kit))
     with processes.child(run_command(path), env, kit.state, subprocess.PIPE) as process:
         run = Submitted(kit, process)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from lamina import compare, files
+from lamina import compare, files, report
 
 RECORDS = Path(__file__).parent.parent / "records" / "study"
 OF_RUN = ("config.toml", "env.json", "rounds.jsonl", "summary.json")
@@ -43,6 +43,7 @@ def main() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             files.write(target, bare(source, roots))
         compare.save(into, json.loads(bare(given.runs / setting / "compare.json", roots)))
+        report.figures(report.read(into), into / "figures")
         print(into)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -437,6 +438,25 @@ def test_the_report_shows_classes_networks_and_blocks(finished: Path) -> None:
     for block in range(3):
         share = sum(t >= 3 - block for t in trained) / len(trained)
         assert f"| block {block} | {share:.0%} |" in text
+
+
+def test_the_commit_is_told_of_a_checkout(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "tag.gpgsign=false", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True)
+
+    commit = machine.commit.__wrapped__
+    assert commit(tmp_path) is None
+    git("init")
+    assert commit(tmp_path) is None  # nothing is committed yet
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    git("tag", "v1")
+    clean = commit(tmp_path)
+    assert clean is not None and re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "file").write_text("2")
+    assert commit(tmp_path) == f"{clean}-dirty"
 
 
 def test_changes_of_the_machine_are_told(world: Table, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from lamina import __version__
 
-_BITS = ("lamina", "torch", "machine")
+_BITS = ("lamina", "commit", "torch", "machine")
 
 
 def usable_cores() -> int:
@@ -38,10 +40,23 @@ def changes_since(folder: Path) -> list[str]:
     return [f"{key} was {then[key]}, is {now[key]}" for key in _BITS if then.get(key, now[key]) != now[key]]
 
 
+@lru_cache(maxsize=1)
+def commit(root: Path = Path(__file__).parents[2]) -> str | None:
+    """Of the checkout that lamina runs from, with "-dirty" where files have changed since; None where it is none."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine: what a run's last bits may depend on."""
     return {
         "lamina": __version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

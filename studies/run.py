@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 DEEP = {f"{name}, {blocks} blocks": (name, blocks) for name, blocks in (("caff", 6), ("caff", 12), ("lora-last-t", 12))}
 """On one network alone, with the learning rate of the method."""
+DEPTHS = (3, 6, 9, 12)
 LAST = ["caff", "lora-last-t"]
 TUNED = [label for label in METHODS if label not in ("fedavg, restricted", "fedavg, drop")]
 
@@ -70,6 +71,7 @@ def three_classes(full: float, *shares: float) -> list[dict[str, Any]]:
 def settings(task: str) -> dict[str, dict[str, Any]]:
     """What each setting changes; `grid` are learning rates to try, else those count that the tuning `rates` found."""
     three, six = FULL[task]
+    one = {"fleet": one_class(f"{three} MiB")}
     half = {"fleet": one_class(f"{round(three / 2, 1)} MiB")}
     within = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop")]
     tuning = {
@@ -94,7 +96,9 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
         "tuning": tuning | {"labels": TUNED, "grid": GRID},
         "head-tuning": tuning | {"labels": LAST, "grid": HEAD_GRID},
         "half": half | {"labels": [*within, *DEEP]},
-        "one": {"fleet": one_class(f"{three} MiB"), "labels": ["fedavg, no budgets", *within, *DEEP]},
+        "one": one | {"labels": ["fedavg, no budgets", *within, *DEEP]},
+        "half-deep": half | {"prefer": "deep", "depths": DEPTHS, "labels": within},
+        "one-deep": one | {"prefer": "deep", "depths": DEPTHS, "labels": within},
         "three-classes": {"task": {"split": "resource"}} | uneven,
         "three-classes-iid": {"task": {"split": "iid"}} | uneven,
         "race": half | race | {"labels": [*LAST, "cocofl", "slt", "fedavg, no budgets"]},
@@ -118,6 +122,8 @@ def comparison(task: str, setting: str, tunings: list[Path], data: str) -> dict[
     rates = {} if grid else chosen(tunings, change.pop("rates", "tuning"))
     table = {"name": f"{task}-{setting}"} | base | change
     table["task"] = base["task"] | words
+    if depths := table.pop("depths", ()):
+        table["networks"] = [f"{base['networks'][0].rpartition('-')[0]}-{depth}" for depth in depths]
     if "path" in table["task"]:
         table["task"]["path"] = str(Path(data) / task)
     table["methods"] = [entry(label, rates, table["networks"]) for label in labels]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import runpy
+import shutil
 import webbrowser
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
@@ -29,6 +32,7 @@ from lamina.spec import Spec
 Table = dict[str, Any]
 Call = Callable[..., tuple[int | str | None, str, str]]
 MIB = 2**20
+ROOT = Path(__file__).parents[1]
 NASTY = '<script>alert("1")</script>&'
 
 
@@ -386,6 +390,18 @@ def test_the_setting_of_a_comparison(collected: Table) -> None:
     said = answers.setting(collected)
     assert said == "4 devices of class big (memory 50.0 MiB each), 4 devices of class small (no budget); 3 rounds."
     assert answers.setting(collected | {"methods": collected["methods"][-1:]}) == ""
+
+
+@pytest.mark.skipif(not (os.environ.get("CHROMIUM") or shutil.which("chromium")), reason="needs chromium")
+@pytest.mark.parametrize("name", ["study/shakespeare-half", "demo"])
+def test_a_browser_draws_the_page(name: str, tmp_path: Path) -> None:
+    """Every chart has marks, no text is cut off, and the browser has nothing to complain about, wide and narrow."""
+    look = runpy.run_path(str(ROOT / "scripts" / "look_at_report.py"))
+    page = write(ROOT / "records" / name, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<svg") >= 4
+    assert [line for width in (1200, 420) for line in look["verdict"](page, width)] == []
+    emptied = re.sub(r"<(circle|polyline|rect|polygon)[^>]*>", "", page)
+    assert any("empty chart" in line for line in look["verdict"](emptied, 1200))
 
 
 def test_figures_are_files_of_their_own(folder: Path, tmp_path: Path) -> None:

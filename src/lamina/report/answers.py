@@ -42,7 +42,7 @@ def of_comparison(collected: Row) -> str:
     fair = [row for row in done if not over_budget(row)]
     if not fair:
         return "No method has run within the budgets."
-    best, seeds = fair[0], len(collected["seeds"])
+    best, seeds = fair[0], len(fair[0]["seeds"])
     mean, std = mean_accuracy(best)
     level = [row for row in fair[1:] if mean - mean_accuracy(row)[0] <= max(std, mean_accuracy(row)[1])]
     said = [

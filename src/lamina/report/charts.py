@@ -60,8 +60,9 @@ def curves(summary: Row, rounds: Sequence[Row]) -> list[Chart]:
             for spent, value in found[kind]:
                 tip = f"{KINDS[kind]}: {value:.1%}, {across.name} {across.text(spent[key])}"
                 parts.append(marks.point(x(spent[key]), y(value), tip, 0, looks[kind]))
-        ends = [(KINDS[kind], looks[kind], found[kind][-1][1]) for kind in kinds]
-        parts.append(marks.labels(ends, 330, TOP + 4, TOP + TALL, y))
+        last = {kind: found[kind][-1] for kind in kinds}
+        ends = [(KINDS[k], f"{looks[k]} own", x(spent[key]), y(value)) for k, (spent, value) in last.items()]
+        parts.append(marks.labels(ends, 347, TOP + 4, TOP + TALL))
         title = f"Accuracy over {across.name}"
         svg = marks.drawing(470, TOP + TALL + 42, title, *parts)
         made.append(Chart(f"accuracy-{key.split('_')[0]}", title, "", svg))

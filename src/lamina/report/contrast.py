@@ -15,7 +15,7 @@ from lamina.report.marks import Chart, Quantity, Scale, colour, tag, words
 Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[tuple[Row, Sequence[Row]]]]  # label -> per seed: summary and rounds
 MEMORY = Quantity("memory at the peak", "bytes")
-WIDE = 312.0
+WIDE = 446.0
 BEYOND = "Hollow: beyond the budgets."
 
 
@@ -104,23 +104,24 @@ def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
     """Accuracy against memory, bytes sent and operations, with the front of those that keep the budgets."""
     done = [(i, row) for i, row in enumerate(methods) if row["seeds"]]
     low, high = marks.padded([mean_accuracy(row)[0] for _, row in done])
-    y, made = Scale(low, high, TOP + TALL + 60, TOP), []
+    bottom = TOP + max(TALL, 14.0 * len(done))
+    names = WIDE - max(marks.width(row["label"]) for _, row in done)
+    y, made = Scale(low, high, bottom, TOP), []
     for key, across in (("memory_bytes", MEMORY), ("up_bytes", COSTS["up_bytes"]), ("flops", COSTS["flops"])):
         points = [(spent(row)[key], mean_accuracy(row)[0]) for _, row in done]
-        x = Scale(0, 1.05 * max(cost for cost, _ in points) or 1, LEFT, 300)
+        x = Scale(0, 1.05 * max(cost for cost, _ in points) or 1, LEFT, names - 14)
         parts = [marks.axes(x, y, across, ACCURACY)]
         kept = [n for n, (_, row) in enumerate(done) if not over_budget(row)]
         best = [kept[n] for n in front([points[n] for n in kept])]
         parts.append(tag("polyline", points=_steps([(x(points[n][0]), y(points[n][1])) for n in best]), class_="dash"))
-        names = [(done[n][1]["label"], done[n][0], x(points[n][0]), y(points[n][1])) for n in best]
-        parts.append(_named(names))
+        looks = [f"{colour(index)} {'own' if n in best else 'name'}" for n, (index, _) in enumerate(done)]
+        ends = [(row["label"], look, x(a), y(b)) for (_, row), look, (a, b) in zip(done, looks, points, strict=True)]
+        parts.append(marks.labels(ends, names, TOP, bottom))
         for n, ((index, row), (cost, value)) in enumerate(zip(done, points, strict=True)):
             tip = f"{row['label']}: {value:.1%}, {across.text(cost)}{' (on the front)' if n in best else ''}"
             parts.append(marks.point(x(cost), y(value), tip, index, hollow=over_budget(row)))
         title = f"Accuracy against {across.name}"
-        made.append(
-            Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(WIDE, TOP + TALL + 102, title, *parts))
-        )
+        made.append(Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(WIDE, bottom + 42, title, *parts)))
     return made
 
 
@@ -130,23 +131,6 @@ def _steps(points: Sequence[tuple[float, float]]) -> str:
     for x, y in points[1:]:
         corners += [(x, corners[-1][1]), (x, y)]
     return " ".join(f"{x:.2f},{y:.2f}" for x, y in corners)
-
-
-def _named(found: Sequence[tuple[str, int, float, float]]) -> str:
-    """Names above and to the left of their points, where the front keeps the ground free; else below, to the right."""
-    fits = [x - 8 - marks.width(name) > LEFT for name, _, x, _ in found]
-    wanted = [y - 9 if left else y + 16 for left, (*_, y) in zip(fits, found, strict=True)]
-    free = marks.spread(wanted, 14, TOP, TOP + TALL + 60)
-    return "".join(
-        words(
-            x - 8 if left else min(x + 8, WIDE - marks.width(name)),
-            y,
-            name,
-            f"{colour(index)} own",
-            ("start", "end")[left],
-        )
-        for left, (name, index, x, _), y in zip(fits, found, free, strict=True)
-    )
 
 
 def fairness(methods: Sequence[Row]) -> Chart | None:
@@ -213,8 +197,9 @@ def learning(methods: Sequence[Row], runs: Curves, target: float | None = None) 
             for (cost, value, std), (a, b, *_) in zip(points, at, strict=True):
                 tip = f"{label}: {value:.1%} ± {std:.1%}, {across.name} {across.text(cost[key])}"
                 parts.append(marks.point(a, b, tip, index[label]))
-        ends = [(label, colour(index[label]), points[-1][1]) for label, points in found.items()]
-        parts.append(marks.labels(ends, 300, TOP + 4, TOP + TALL + 60, y))
+        last = {label: points[-1] for label, points in found.items()}
+        ends = [(k, f"{colour(index[k])} own", x(cost[key]), y(value)) for k, (cost, value, _) in last.items()]
+        parts.append(marks.labels(ends, 317, TOP + 4, TOP + TALL + 60))
         title = f"Accuracy over {across.name}"
         svg = marks.drawing(470, TOP + TALL + 102, title, *parts)
         made.append(Chart(f"learning-{key.split('_')[0]}", title, "", svg))

@@ -7,7 +7,7 @@ Sizes and positions are in pixels of the chart, from its top left corner. Colour
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -214,13 +214,17 @@ def legend(entries: Mapping[str, str], x: float, y: float) -> str:
     return "".join(parts)
 
 
-def labels(
-    found: Sequence[tuple[str, str, float]], x: float, low: float, high: float, to: Callable[[float], float]
-) -> str:
-    """Names at the ends of lines, clear of each other: (name, class, value at the end)."""
-    wanted = [to(value) for _, _, value in found]
+def labels(found: Sequence[tuple[str, str, float, float]], at: float, low: float, high: float) -> str:
+    """Names in a column from `at` on, clear of each other, each with a line from what it names.
+
+    Args:
+        found: Name, class, and where what it names lies.
+        at: Where the column begins.
+        low: Highest place of a name.
+        high: Lowest place.
+    """
     parts = []
-    for (name, class_, _), at, free in zip(found, wanted, spread(wanted, 14, low, high), strict=True):
-        parts.append(tag("line", x1=x + 3, y1=at, x2=x + 14, y2=free, class_=f"{class_} lead"))
-        parts.append(words(x + 17, free + 4, name, f"{class_} own"))
+    for (name, class_, x, y), free in zip(found, spread([y for *_, y in found], 14, low, high), strict=True):
+        parts.append(tag("line", x1=x + 3, y1=y, x2=at - 3, y2=free, class_=f"{class_.split()[0]} lead"))
+        parts.append(words(at, free + 4, name, class_))
     return "".join(parts)

@@ -132,9 +132,9 @@ def _of_comparison(folder: Path, collected: Row) -> Report:
     made = contrast.of_comparison(collected, runs)
     groups = {"Accuracy against cost": "against", "Learning curves": "learning"}
     notes = {
-        "against": "The dashed line is the front: nothing else within the budgets is both cheaper and better. "
-        "Colours are those above. Memory is the predicted peak, the mean over the devices that take part; the rest "
-        "is summed over all devices and rounds. What devices receive is in the table below."
+        "against": "The dashed line is the front: nothing else within the budgets is both cheaper and better; "
+        "what is on it has its name in bold. Colours are those above. Memory is the predicted peak, the mean over the "
+        "devices that take part; the rest is summed over all devices and rounds. What devices receive is told below."
         + (f" {contrast.BEYOND}" if any(contrast.over_budget(row) for _, row in contrast.ranked(methods)) else ""),
         "learning": "Means over seeds, with bands of one standard deviation."
         + (f" The dashed line is the target, {collected['target']:.1%}." if collected.get("target") else ""),

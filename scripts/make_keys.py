@@ -15,7 +15,7 @@ from lamina.config import Experiment
 from lamina.data import TASKS
 from lamina.fleet import DeviceClass
 from lamina.job import Local
-from lamina.methods import METHODS
+from lamina.methods import METHODS, Method
 from lamina.methods.about import meanings, readable, written
 from lamina.pretrain import PretrainImages, PretrainText
 from lamina.traces import Traces
@@ -40,6 +40,7 @@ COMPARISON = """## Top level of a comparison
 | `networks` | list of text | as above | In the place of those at the top. |
 | `on_infeasible` | as in `[method]` | `"drop"` | Of the methods that do not say. |
 """
+_AS_ALL = "Only the keys that every method has."
 
 
 def page() -> str:
@@ -48,15 +49,26 @@ def page() -> str:
     parts = [INTRO, section("Top level of an experiment", Experiment, leave_out=tables)]
     parts += [COMPARISON]
     parts += [section(f'`[task]` with `name = "{name}"`', cls) for name, cls in TASKS.items()]
-    parts += [section(f'`[method]` with `name = "{name}"`', cls) for name, cls in METHODS.items()]
+    parts += [section("`[method]`, whatever its name", Method)]
+    parts += [
+        section(f'`[method]` with `name = "{name}"`', cls, leave_out=_common(cls), note=_AS_ALL)
+        for name, cls in METHODS.items()
+    ]
     parts += [section("`[local]`", Local), section("`[[fleet]]`, one per device class", DeviceClass)]
     parts += [section('`[fleet]` with `name = "traces"`', Traces), section("`[clock]`", Clock)]
     parts += [section(f"`lamina pretrain` from {cls.source}", cls) for cls in (PretrainText, PretrainImages)]
     return "\n".join(parts)
 
 
-def section(title: str, cls: type, leave_out: tuple[str, ...] = ()) -> str:
-    """One table of keys: what is accepted, the default, and what it is for."""
+def _common(cls: type[Method]) -> tuple[str, ...]:
+    """Keys that a method shares with all others, default included."""
+    base = {field.name: field.default for field in dataclasses.fields(Method)}
+    shared = (field for field in dataclasses.fields(cls) if field.name in base)
+    return tuple(field.name for field in shared if field.default == base[field.name])
+
+
+def section(title: str, cls: type, leave_out: tuple[str, ...] = (), note: str = "") -> str:
+    """One table of keys, or the note if there are none: what is accepted, the default, and what it is for."""
     hints, words = get_type_hints(cls), meanings(cls)
     lines = [f"## {title}", "", "| key | accepts | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
@@ -64,7 +76,7 @@ def section(title: str, cls: type, leave_out: tuple[str, ...] = ()) -> str:
             accepts = readable(hints[field.name]).replace("|", "\\|")
             text = words.get(field.name, "").replace("|", "\\|")
             lines.append(f"| `{field.name}` | {accepts} | {default(field)} | {text} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*(lines if len(lines) > 4 else [lines[0], "", note]), ""])
 
 
 def default(field: Any) -> str:

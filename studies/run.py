@@ -111,6 +111,7 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
         # with a learning rate of its own for the head
         "warm": half | {"labels": LAST, "grid": GRID},
         "head": half | {"labels": LAST, "rates": "head-tuning"},
+        "three-classes-head": {"task": {"split": "resource"}} | uneven | {"labels": LAST, "rates": "head-tuning"},
     }
 
 

@@ -209,6 +209,10 @@ def test_what_it_cost_to_reach_a_target(table: Table, tmp_path: Path) -> None:
     assert slow["to_target"] is None and collected["target"] == target
     race = tables.comparison(collected)[1]
     assert race.rows[0][:3] == ("caff", "1 of 2", f"{place:.1f}") and race.rows[1][:2] == ("slow", "0 of 2")
+    assert [row[0] for row in tables.comparison(collected | {"methods": [slow, first]})[1].rows] == ["caff", "slow"]
+    seldom, often = (first | {"to_target": first["to_target"] | change} for change in ({"round": 1}, {"seeds": [3, 1]}))
+    ordered = tables.comparison(collected | {"methods": [seldom | {"label": "seldom"}, often]})[1]
+    assert [row[0] for row in ordered.rows] == ["caff", "seldom"]
     low = min(map(max, curve.values()))
     both = collect(load(table | {"target": low}, tmp_path), found, {})["methods"][0]["to_target"]
     firsts = [next(n for n, each in enumerate(curve[seed], 1) if each >= low) for seed in (3, 1)]

@@ -751,6 +751,8 @@ def test_a_new_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     file.write_text(toml.dump(write_world(tmp_path) | simulated))
     with pytest.raises(UserError, match=r"clock\.availability is for simulated devices"):
         submit.begun(file, [], tmp_path / "runs")
+    with pytest.raises(UserError, match=r"clock\.failures is for simulated devices"):
+        submit.begun(file, ["clock.availability=always", "clock.failures=0.1"], tmp_path / "runs")
 
 
 @pytest.mark.parametrize(

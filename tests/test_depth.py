@@ -283,17 +283,25 @@ def device_by_hand(
     return w, {n: h[n] - alpha * (p - start[n]) for n, p in w.items()}
 
 
+@pytest.mark.parametrize("drifts", [False, True])
 @pytest.mark.parametrize("absent", ["skip", "keep"])
-def test_depthfl_by_hand(absent: str, world: Table, tmp_path: Path) -> None:
+def test_depthfl_by_hand(absent: str, drifts: bool, world: Table, tmp_path: Path) -> None:
     """Four rounds of cohorts of four out of six devices, of which three hold two blocks, in double precision.
 
-    With absent = "keep" those who did not train a tensor count as having sent it back, in the mean and in n.
+    With absent = "keep" those who did not train a tensor count as having sent it back, in the mean and in n. Where
+    memory differs from round to round, these three hold two blocks or all, and keep h_c of what they do not hold.
     """
     alpha, method = 0.7, DepthFL(alpha=0.7, ramp=0.5, absent=absent)  # type: ignore[arg-type]
     local = Local(lr=0.1, optimizer="sgd", steps=2, batch_size=4)
     weak = price(method, labelled(method, 4)["first 2 of 4"], local)
-    run, engines = playing(on(world, method, weak, local=asdict(local), cohort=4, rounds=4), tmp_path, 4)
-    assert {job.plan.label for each in engines for job in each.jobs} == {"all 4", "first 2 of 4"}
+    table = on(world, method, weak, local=asdict(local), cohort=4, rounds=4)
+    if drifts:
+        best = 2 * price(method, labelled(method, 4)["all 4"], local)
+        table["fleet"] = [table["fleet"][0], table["fleet"][1] | {"memory": best, "drift": 1 - (weak + 1) / best}]
+    run, engines = playing(table, tmp_path, 4)
+    plans = {(job.turn.device, job.plan.label) for each in engines for job in each.jobs}
+    assert {label for _, label in plans} - {"first 3 of 4"} == {"all 4", "first 2 of 4"}
+    assert (len({device for device, _ in plans}) < len(plans)) == drifts
     w = {name: p.double().numpy() for name, p in begin(run.experiment.to_table(), tmp_path).state.params.items()}
     server = {name: np.zeros_like(p) for name, p in w.items()}
     devices: dict[int, dict[str, np.ndarray]] = {}
@@ -301,8 +309,10 @@ def test_depthfl_by_hand(absent: str, world: Table, tmp_path: Path) -> None:
         ramp, answers = math.exp(-5 * (1 - min(t, 2) / 2) ** 2), []
         for job in engine.jobs:
             held = {name: w[name] for name in w if name in job.plan.trains}
-            h = devices.get(job.turn.device, {name: np.zeros_like(p) for name, p in held.items()})
-            answer, devices[job.turn.device] = device_by_hand(run, job, held, h, alpha, ramp)
+            before = devices.get(job.turn.device, {})
+            h = {name: before.get(name, np.zeros_like(p)) for name, p in held.items()}
+            answer, now = device_by_hand(run, job, held, h, alpha, ramp)
+            devices[job.turn.device] = before | now
             answers.append(answer)
         for name in {name for answer in answers for name in answer}:
             sent = [answer.get(name, w[name]) for answer in answers if absent == "keep" or name in answer]

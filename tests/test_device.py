@@ -28,6 +28,7 @@ from lamina.device import Devices, Outcome
 from lamina.engines import enforced
 from lamina.engines.enforced import EnforcedEngine
 from lamina.errors import UserError
+from lamina.fleet import Budget
 from lamina.job import Failure, Job, Local, Turn, Update
 from lamina.levers import Levers
 from lamina.limits import lacks_memory, limited, resident_peak, slack_bytes, start_count
@@ -411,6 +412,26 @@ def test_enforcing_changes_no_bit(world: Table, shared: list[Devices], tmp_path:
     assert moved(begin(world, tmp_path / "new").state.params, plain.state.params)
 
 
+def test_the_limit_is_what_the_device_has_in_the_round(
+    world: Table, shared: list[Devices], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = [each | {"memory": "64 MiB", "drift": 0.5} for each in world["fleet"]]
+    made = begin(world | {"enforce": True, "fleet": fleet}, tmp_path)
+    limits = dict[tuple[int, int], int | None]()
+    train = Devices.run
+
+    def noted(self: Devices, job: Job, shard: Any, spec: Spec, limit: int | None = None, **rest: Any) -> Outcome:
+        limits[job.turn.round, job.turn.device] = limit
+        return train(self, job, shard, spec, limit, **rest)
+
+    monkeypatch.setattr(Devices, "run", noted)
+    made.play()
+    assert len(set(limits.values())) > 3
+    for (round_, device), limit in limits.items():
+        turn = Turn(made.experiment.seed, round_, made.experiment.rounds, device)
+        assert limit == made.outlook.budget_in(turn).memory_bytes
+
+
 @pytest.mark.parametrize(
     ("place", "name", "value"),
     [(sys, "platform", "darwin"), (limits, "_status", lambda key: 0)],
@@ -437,8 +458,10 @@ def test_a_class_that_needs_too_much_loses_its_updates_and_no_other(
     strong, weak = (run.outlook.class_of.index(group) for group in (0, 1))
     monkeypatch.setattr(server, "draw_cohort", lambda *_: sorted((strong, weak)))
     before = dict(run.state.params)
-    budgets = [MIB if group else None for group in run.outlook.class_of]
-    summary = run.play(engine=EnforcedEngine(run.outlook.chosen.spec, run.task.train, budgets, 1))
+    budgets = {strong: Budget(), weak: Budget(memory_bytes=MIB)}
+    summary = run.play(
+        engine=EnforcedEngine(run.outlook.chosen.spec, run.task.train, lambda turn: budgets[turn.device], 1)
+    )
     rows = {row["device"]: row for row in lines(run.folder / "devices.jsonl")}
     reason = "exceeded its memory budget of 1.0 MiB"
     assert (rows[weak]["rejected"], rows[weak]["loss"]) == (reason, None)

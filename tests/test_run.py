@@ -341,7 +341,7 @@ def test_the_summary_holds_the_contract(finished: Path) -> None:
                     "name": str,
                     "devices": int,
                     "budget": {name: int | None for name in resources},
-                    "drift": float,
+                    "best_memory_bytes": int | None,
                     "predicted": resources
                     | {
                         "memory": {f"{name}_bytes": int for name in categories},

@@ -527,22 +527,23 @@ def test_a_class_is_planned_for_its_longest_shard_and_pays_for_its_own(world: Ta
 
 
 def test_plans_go_by_the_memory_that_a_device_has_in_the_round(tmp_path: Path) -> None:
-    """With room for three blocks, two, one or none, by how much is gone; the same again with the same seed."""
+    """One block always fits, all three in good rounds; the network is the one on which the least is enough."""
     full, least = memory(3, 3) * 5 // 4, memory(3, 1)
-    drift = round(1.1 * (1 - least / full), 3)
+    drift = 1 - least / full
     fleet = [{"name": "all", "memory": full, "drift": drift}]
-    world = write_world(tmp_path, networks=[str(tmp_path / "tiny-3")], fleet=fleet, cohort=6, rounds=40)
-    made = begin(world, tmp_path / "runs")
+    networks = [str(tmp_path / f"tiny-{blocks}") for blocks in (3, 4)]
+    made = begin(write_world(tmp_path, networks=networks, fleet=fleet, cohort=6, rounds=40), tmp_path / "runs")
     group, seen, state = made.outlook.groups[0], set(), made.state
+    assert made.outlook.chosen.name == "tiny-3" and made.outlook.chosen.choices[0].cost.memory_bytes == least
+    assert (group.budget.memory_bytes, group.best_memory_bytes) == (least, full)
     for round_ in range(40):
         rows = server._Round(made.experiment, made.outlook, [99] * 6, replace(state, round=round_)).rows.values()
         for row in rows:
-            limit = group.budget_in(replace(TURN, seed=made.experiment.seed, round=round_, device=row.device))
-            assert limit.memory_bytes is not None
-            assert full * (1 - drift) - 1 <= limit.memory_bytes <= full
-            fitting = [trained for trained in (1, 2, 3) if memory(3, trained) <= limit.memory_bytes]
-            assert row.trained_blocks == max(fitting, default=0)
+            turn = replace(TURN, seed=made.experiment.seed, round=round_, device=row.device)
+            limit = made.outlook.budget_in(turn).memory_bytes
+            assert limit is not None and least <= limit <= full
+            assert row.trained_blocks == max(trained for trained in (1, 2, 3) if memory(3, trained) <= limit)
             seen.add(row.trained_blocks)
-    assert seen == {0, 1, 2, 3}
+    assert seen == {1, 2, 3}
     twice = [[row.plan for row in play(made)[1]] for _ in range(2)]
     assert twice[0] == twice[1] and len(set(twice[0])) > 1

@@ -97,7 +97,8 @@ def test_old_phones_can_be_left_out() -> None:
 
 def test_what_phones_cannot_be_is_refused() -> None:
     found = Traces(drift=0.5).roster(50, seed=0)
-    assert found.drifts == (0.5,) * len(found.names)
+    assert found.best_memory_bytes == tuple(each.memory_bytes for each in Traces().roster(50, seed=0).budgets)
+    assert [each.memory_bytes for each in found.budgets] == [int(0.5 * (best or 0)) for best in found.best_memory_bytes]
     with pytest.raises(ValueError, match=r"^drift must be from 0 to below 1, got -0\.1$"):
         Traces(drift=-0.1)
 

@@ -23,6 +23,7 @@ from lamina.report import charts
 from lamina.run import Run, resume, start
 
 SCHEMA = "lamina.compare/1"
+_OF_CLASS = ("name", "devices", "plan", "levers", "trained_blocks", "predicted", "budget", "best_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,7 @@ def _row(label: str, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         "took_part": 1 - fmean(sum(each["sat_out"] for each in result["classes"]) / devices for result in results),
         "totals": {key: fmean(each["totals"][key] for each in results) for key in first["totals"]},
         "classes": [
-            {key: each[key] for key in ("name", "devices", "plan", "levers", "trained_blocks", "predicted", "budget")}
-            | {"accuracy": _of_class(results, index)}
+            {key: each[key] for key in _OF_CLASS} | {"accuracy": _of_class(results, index)}
             for index, each in enumerate(first["classes"])
         ],
     }

@@ -164,6 +164,8 @@ def real(experiment: Experiment) -> Experiment:
     """
     if experiment.clock.availability != Clock.availability:
         raise UserError("clock.availability is for simulated devices; real ones are there or not: leave it out")
+    if experiment.clock.failures:
+        raise UserError("clock.failures is for simulated devices; real ones fail by themselves: leave it out")
     return replace(experiment, engine="serial", precision="float32", enforce=False)
 
 

@@ -15,6 +15,7 @@ from lamina.config import Experiment
 from lamina.data.task import Task
 from lamina.errors import UserError
 from lamina.fleet import Budget, Rates, Roster, roster
+from lamina.job import Turn
 from lamina.layout import Layout
 from lamina.plan import Plan
 from lamina.planner import Candidate, Fleet, Group, Prefer, assess, choose_network, fit
@@ -59,6 +60,10 @@ class Outlook:
         plans = tuple(choice.plan for choice in self.chosen.choices)
         return Fleet(self.class_of, plans, fits, task.mix if task.labels else None)
 
+    def budget_in(self, turn: Turn) -> Budget:
+        """What a device can spend in a round."""
+        return self.groups[self.class_of[turn.device]].budget_in(turn)
+
     def able(self) -> np.ndarray:
         """Which devices are of a class that has a plan, bool [devices]."""
         return np.array([choice.plan is not None for choice in self.chosen.choices])[self.class_of]
@@ -81,7 +86,7 @@ class Outlook:
             "name": group.name,
             "devices": group.devices,
             "budget": asdict(group.budget),
-            "drift": group.drift,
+            "best_memory_bytes": group.best_memory_bytes,
             "predicted": choice.cost.to_json(),
             "seconds": self._seconds(index),
             "plan": choice.plan.label if choice.plan else None,
@@ -188,7 +193,7 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
         raise UserError(f"cohort = {experiment.cohort} is more than the {count} devices there are")
     fleet = devices(experiment)
     sizes = np.bincount(fleet.class_of, minlength=len(fleet.names)).tolist()
-    groups = tuple(map(Group, fleet.names, sizes, fleet.budgets, fleet.drifts))
+    groups = tuple(map(Group, fleet.names, sizes, fleet.budgets, fleet.best_memory_bytes))
     times = availability(clock.availability, clock.available_hours, count, experiment.seed)
     steps = experiment.local.steps
     if not steps:

@@ -41,6 +41,10 @@ class Budget:
     down_bytes: int | None = None
     flops: int | None = None
 
+    def lacking(self, part: float) -> Budget:
+        """The same with so much less memory, as a part of it."""
+        return self if self.memory_bytes is None else replace(self, memory_bytes=int(self.memory_bytes * (1 - part)))
+
     def exceeded(self, cost: Cost) -> list[str]:
         """The resources of which `cost` needs more than there is."""
         limits = ((name, getattr(self, name)) for name in RESOURCES)
@@ -95,17 +99,17 @@ class Roster:
 
     Attributes:
         names: Of the classes.
-        budgets: Of the classes.
+        budgets: Of the classes, with the memory that is always there.
         class_of: Class index of every device.
         rates: Of every device.
-        drifts: Of the classes; see `DeviceClass`.
+        best_memory_bytes: Of the classes, the memory in the best of rounds; None where it is always the same.
     """
 
     names: tuple[str, ...]
     budgets: tuple[Budget, ...]
     class_of: list[int]
     rates: Rates
-    drifts: tuple[float, ...]
+    best_memory_bytes: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,8 @@ class DeviceClass:
         up_rate: Bits or bytes per second to the server.
         down_rate: Bits or bytes per second from the server.
         devices: Indices of its devices, from 0. Not given: its share, drawn, of those that no class names.
-        drift: In every round each device has so much less of its memory, at most, as a part of it: drawn evenly from
-            nothing to this.
+        drift: Part of the memory that a device may lack in a round: how much, is drawn evenly. The network, and what is
+            settled beforehand, go by what is always there; plans by what is there in the round.
     """
 
     name: str
@@ -244,5 +248,6 @@ def roster(classes: Sequence[DeviceClass], devices: int, seed: int) -> Roster:
     down, speed, up = np.array([each.rates for each in classes])[class_of].T
     steady = np.zeros(devices)
     rates = Rates(down, speed, up, steady, steady)
-    names, budgets, drifts = zip(*((each.name, each.budget, each.drift) for each in classes), strict=True)
-    return Roster(names, budgets, class_of, rates, drifts)
+    budgets = tuple(each.budget.lacking(each.drift) for each in classes)
+    best = tuple(each.budget.memory_bytes if each.drift else None for each in classes)
+    return Roster(tuple(each.name for each in classes), budgets, class_of, rates, best)

@@ -46,8 +46,9 @@ def commit(root: Path = Path(__file__).parents[2]) -> str | None:
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=plain).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -35,21 +35,24 @@ class Group:
     Attributes:
         name: Of the class.
         devices: How many there are.
-        budget: Of each.
-        drift: How much of its memory, as a part of it, may be gone in a round; see `DeviceClass`.
+        budget: Of each, in every round.
+        best_memory_bytes: Of each, in the best of rounds; None: always the same.
     """
 
     name: str
     devices: int
     budget: Budget
-    drift: float = 0.0
+    best_memory_bytes: int | None = None
 
     def budget_in(self, turn: Turn) -> Budget:
         """What one of the devices can spend in a round."""
-        if not self.drift or self.budget.memory_bytes is None:
+        least, best = self.budget.memory_bytes, self.best_memory_bytes
+        if best is None or least is None:
             return self.budget
-        left = 1 - self.drift * turn.rng("drift").random()
-        return replace(self.budget, memory_bytes=int(self.budget.memory_bytes * left))
+        steps = 256  # so that budgets, and with them plans, come again
+        return replace(
+            self.budget, memory_bytes=least + (best - least) * int(turn.rng("drift").integers(steps + 1)) // steps
+        )
 
 
 @dataclass(frozen=True)
@@ -345,7 +348,7 @@ def choose_network(
 
     "trained" is the rule of CAFF (2411.07826): the largest mean number of trained blocks, and of equals the deepest. A
     frozen block costs little next to a trained one, so ties are common; the deepest was pretrained best. "deep" is
-    ours: of the networks that leave fewest devices out, the deepest. In docs/study.md it is ahead throughout.
+    ours: of the networks that leave fewest devices out, the deepest. See docs/study.md.
 
     Raises:
         DoesNotFitError: No network is feasible; the message names the class, the resource and what would help.

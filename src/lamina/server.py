@@ -173,8 +173,9 @@ class _Round:
         experiment, outlook = self._experiment, self._outlook
         group, steps = outlook.class_of[device], experiment.local.round_steps(examples)
         turn, work = self._turn(device), (experiment.local, experiment.task.window, outlook.steps)
-        budget = outlook.groups[group].budget_in(turn)
-        choice = choose_plan(self._method, self._spec, budget, *work, turn, experiment.levers, self._state.memory)
+        choice = choose_plan(
+            self._method, self._spec, outlook.budget_in(turn), *work, turn, experiment.levers, self._state.memory
+        )
         plan = choice.plan
         if plan is None:
             self.rows[device] = DeviceRow(device, group, None, 0)

@@ -62,9 +62,9 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _of_budget(row: Mapping[str, Any], resource: str) -> str:
-    """What a class needs of a resource, of how much, and what part of that may be gone in a round."""
-    text = human(resource, row["predicted"][resource], row["budget"][resource])
-    return f"{text} (-{row['drift']:.0%})" if resource == "memory_bytes" and row.get("drift") else text
+    """What a class needs of a resource, of how much; of memory also how much there is in the best of rounds."""
+    text, best = human(resource, row["predicted"][resource], row["budget"][resource]), row.get("best_memory_bytes")
+    return f"{text} (up to {human(resource, best)})" if resource == "memory_bytes" and best else text
 
 
 def _time(seconds: float | None) -> str:
@@ -304,10 +304,12 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
 
 
 def _race(done: Sequence[Mapping[str, Any]], target: float) -> Table:
-    """What it took each method to reach an accuracy, the soonest first; means over the seeds that did."""
+    """What it took each method to reach an accuracy: means over the seeds that did; most seeds first, then soonest."""
     timed = any(row["to_target"] and row["to_target"]["clock_seconds"] for row in done)
     lines = []
-    for row in sorted(done, key=lambda row: row["to_target"]["round"] if row["to_target"] else math.inf):
+    reached = [row for row in done if row["to_target"]]
+    reached.sort(key=lambda row: (-len(row["to_target"]["seeds"]), row["to_target"]["round"]))
+    for row in [*reached, *(row for row in done if not row["to_target"])]:
         spent, count = row["to_target"], len(row["seeds"])
         if not spent:
             lines.append((row["label"], f"0 of {count}", *[""] * (3 + timed)))

@@ -29,8 +29,8 @@ class Traces:
         speed: Operations per second of a phone with the median score. The others: in proportion to their scores of
             floating-point networks on the CPU.
         since: Only phones of this year and later; the list begins with 2009.
-        drift: In every round each device has so much less of its memory, at most, as a part of it: drawn evenly from
-            nothing to this.
+        drift: Part of the memory that a device may lack in a round: how much, is drawn evenly. The network, and what is
+            settled beforehand, go by what is always there; plans by what is there in the round.
     """
 
     memory_share: float = 0.05
@@ -67,12 +67,13 @@ class Traces:
         speed = rate("speed", self.speed) * score[phone] / median
         class_of = self._classes(ram)
         sizes = [ram[class_of == index] for index in range(class_of.max() + 1)]
+        budgets = [Budget(memory_bytes=int(self.memory_share * each.min() * GIB)) for each in sizes]
         return Roster(
             tuple(_name(each.min(), each.max()) for each in sizes),
-            tuple(Budget(memory_bytes=int(self.memory_share * each.min() * GIB)) for each in sizes),
+            tuple(each.lacking(self.drift) for each in budgets),
             class_of[phone].tolist(),
             Rates(KIB * down, speed, KIB * up, down_std / down, up_std / up),
-            (self.drift,) * len(sizes),
+            tuple(each.memory_bytes if self.drift else None for each in budgets),
         )
 
     def _classes(self, ram: np.ndarray) -> np.ndarray:

@@ -227,7 +227,6 @@ class LiveRounds:
         accuracy = f", accuracy {row.accuracy['mean_over_devices']:.2%}" if row.accuracy else ""
         loss = "no usable update: the round is abandoned" if row.loss is None else f"loss {row.loss:.3f}"
         counts = {why: sum(each.rejected == why for each in devices) for why in (LATE, AWAY, FAILED)}
-        counts |= {"sat out": sum(each.plan is None for each in devices)}
         lost = [f", {count} {why}" for why, count in counts.items() if count]
         clock = f", clock {duration(row.clock_seconds)}" if row.clock_seconds else ""
         told = f"{accuracy}{''.join(lost)}, {row.seconds:.1f} s{clock}"

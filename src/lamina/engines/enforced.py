@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 
 from lamina.data.task import Shard
 from lamina.device import Devices
 from lamina.engines.local import in_threads
-from lamina.job import Failure, Job, Update
+from lamina.fleet import Budget
+from lamina.job import Failure, Job, Turn, Update
 from lamina.spec import Spec
 
 
 class EnforcedEngine:
     """Runs each job in a child of one of `workers` processes. A device that needs too much costs its own update."""
 
-    def __init__(self, spec: Spec, shards: Sequence[Shard], budgets_bytes: Sequence[int | None], workers: int) -> None:
-        """Serve the given shards and budgets, indexed by device, on a network."""
-        self._spec, self._shards, self._budgets_bytes = spec, shards, budgets_bytes
+    def __init__(self, spec: Spec, shards: Sequence[Shard], budget: Callable[[Turn], Budget], workers: int) -> None:
+        """Serve the given shards, indexed by device, on a network, each within the budget it has in the round."""
+        self._spec, self._shards, self._budget = spec, shards, budget
         self._workers, self._idle = workers, SimpleQueue[Devices]()
         for _ in range(workers):
             self._idle.put(Devices())
@@ -29,6 +30,6 @@ class EnforcedEngine:
     def _train(self, job: Job) -> Update | Failure:
         devices, device = self._idle.get(), job.turn.device
         try:
-            return devices.run(job, self._shards[device], self._spec, self._budgets_bytes[device]).answer
+            return devices.run(job, self._shards[device], self._spec, self._budget(job.turn).memory_bytes).answer
         finally:
             self._idle.put(devices)

@@ -28,8 +28,7 @@ def simulator(experiment: Experiment, outlook: Outlook, shards: Sequence[Shard],
     if experiment.enforce:
         from lamina.engines.enforced import EnforcedEngine
 
-        budgets = [outlook.groups[group].budget.memory_bytes for group in outlook.class_of]
-        return EnforcedEngine(spec, shards, budgets, min(workers, experiment.cohort))
+        return EnforcedEngine(spec, shards, outlook.budget_in, min(workers, experiment.cohort))
     keep_freed()
     if experiment.engine == "serial":
         return LocalEngine(spec, shards, workers, device)

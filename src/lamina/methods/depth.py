@@ -189,8 +189,9 @@ class DepthFL(_FromBelow):
             ops.pull(p, (p, self.alpha), (aside[f"start:{name}"], -self.alpha), *known)
 
     def finish(self, job: Job, params: Mapping[str, Tensor], aside: Params, ops: Ops) -> tuple[Params, Params]:
-        """What it trained, and h_c - alpha (w - w_t), which takes the place of w_t."""
+        """What it trained, and h_c - alpha (w - w_t), which takes the place of w_t; the h_c of other tensors stay."""
         arrays, state = super().finish(job, params, aside, ops)
+        state |= {name: linear for name, linear in job.state.items() if name not in job.plan.trains}
         if self.alpha:
             for name in (name for name in params if name in job.plan.trains):
                 back = aside[f"start:{name}"].add_(params[name].detach(), alpha=-1)

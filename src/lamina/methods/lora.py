@@ -205,7 +205,9 @@ class HetLora(Ranked):
     **Source:** Cho, Liu, Xu, Fahrezi and Joshi, EMNLP 2024 (HetLoRA), section 3.
     **Departs:** the scale is alpha / r_max for all, so that cutting ranks leaves the others alone. A dropped tail is
     sent as zeros in its round, since the size of an upload is agreed before. Pruning counts all linears together, as
-    all have one rank, and each linear has its own weights in the mean. `absent` speaks of the head alone.
+    all have one rank, and each linear has its own weights in the mean. `absent` speaks of the head alone. Where
+    memory differs from round to round, what is pruned are the ranks of the round, so a short one may cost some for
+    good.
 
     Attributes:
         gamma: Share of the ranks that are not in the tail; 1 never prunes.

@@ -79,6 +79,9 @@ def setting(collected: Row) -> str:
     for each in row["classes"]:
         budget = each["budget"]
         limits = [f"{name} {human(key, budget[key])}" for key, name in RESOURCES.items() if budget[key]]
+        limits[:1] = (
+            [f"{limits[0]} to {human('bytes', best)}"] if (best := each.get("best_memory_bytes")) else limits[:1]
+        )
         said = f"{', '.join(limits)} each" if limits else "no budget"
         fleet.append(f"{_count(each['devices'], 'device')} of class {each['name']} ({said})")
     return f"{', '.join(fleet)}; {_count(round(row['totals']['rounds']), 'round')}."

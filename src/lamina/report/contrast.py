@@ -15,7 +15,7 @@ from lamina.report.marks import Chart, Quantity, Scale, colour, tag, words
 Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[tuple[Row, Sequence[Row]]]]  # label -> per seed: summary and rounds
 MEMORY = Quantity("memory at the peak", "bytes")
-WIDE = 446.0
+WIDE = 300.0
 BEYOND = "Hollow: beyond the budgets."
 
 
@@ -105,23 +105,23 @@ def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
     done = [(i, row) for i, row in enumerate(methods) if row["seeds"]]
     low, high = marks.padded([mean_accuracy(row)[0] for _, row in done])
     bottom = TOP + max(TALL, 14.0 * len(done))
-    names = WIDE - max(marks.width(row["label"]) for _, row in done)
+    wide = WIDE + max(marks.width(row["label"]) for _, row in done)
     y, made = Scale(low, high, bottom, TOP), []
     for key, across in (("memory_bytes", MEMORY), ("up_bytes", COSTS["up_bytes"]), ("flops", COSTS["flops"])):
         points = [(spent(row)[key], mean_accuracy(row)[0]) for _, row in done]
-        x = Scale(0, 1.05 * max(cost for cost, _ in points) or 1, LEFT, names - 14)
+        x = Scale(0, 1.05 * max(cost for cost, _ in points) or 1, LEFT, WIDE - 14)
         parts = [marks.axes(x, y, across, ACCURACY)]
         kept = [n for n, (_, row) in enumerate(done) if not over_budget(row)]
         best = [kept[n] for n in front([points[n] for n in kept])]
         parts.append(tag("polyline", points=_steps([(x(points[n][0]), y(points[n][1])) for n in best]), class_="dash"))
         looks = [f"{colour(index)} {'own' if n in best else 'name'}" for n, (index, _) in enumerate(done)]
         ends = [(row["label"], look, x(a), y(b)) for (_, row), look, (a, b) in zip(done, looks, points, strict=True)]
-        parts.append(marks.labels(ends, names, TOP, bottom))
+        parts.append(marks.labels(ends, WIDE, TOP, bottom))
         for n, ((index, row), (cost, value)) in enumerate(zip(done, points, strict=True)):
             tip = f"{row['label']}: {value:.1%}, {across.text(cost)}{' (on the front)' if n in best else ''}"
             parts.append(marks.point(x(cost), y(value), tip, index, hollow=over_budget(row)))
         title = f"Accuracy against {across.name}"
-        made.append(Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(WIDE, bottom + 42, title, *parts)))
+        made.append(Chart(f"against-{key.split('_')[0]}", title, "", marks.drawing(wide, bottom + 42, title, *parts)))
     return made
 
 

@@ -208,6 +208,7 @@ def test_plan_json_is_what_the_run_will_do(file: Path, lamina: Call, tmp_path: P
     assert list(plan) == ["schema", "network", "classes"]
     assert plan["network"] == {
         "chosen": "tiny-3",
+        "prefer": "trained",
         "candidates": [
             {"name": "tiny-2", "blocks": 2, "mean_trained_blocks": 1.5, "feasible": True},
             {"name": "tiny-3", "blocks": 3, "mean_trained_blocks": 2.0, "feasible": True},

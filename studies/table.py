@@ -16,21 +16,28 @@ from lamina import files
 
 RECORDS = Path(__file__).parent.parent / "records" / "study"
 MIB, TERA = 2**20, 1e12
+Runs = dict[int, dict[str, Any]]  # by seed
 HEAD = """# Study: all tables
 
 Made by `python studies/table.py docs/study-tables.md` from [records/study](../records/study); what they say is in
 [the study](study.md). Accuracies are means over devices, then means ± standard deviations over seeds where there are
 several; "against CAFF" is the difference seed by seed. Uplink and operations are those of all devices in all rounds,
 the peak is that of the class with the most. Of fleets with several classes, accuracy is told for each, in brackets
-where the class takes no part. In tunings, accuracy is that on examples held back from training.
+where the class takes no part, and for the class that is worst off, seed by seed. In tunings, it is on examples held
+back from training.
 """
 
 
-def accuracies(folder: Path, row: dict[str, Any]) -> dict[int, float]:
-    """Seed -> mean over devices after the run, in %."""
+def summaries(folder: Path, row: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Seed -> what the run came to."""
     runs = (json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in row["runs"])
-    scores = (100 * run["accuracy"]["after"]["mean_over_devices"] for run in runs)
-    return dict(zip(row["seeds"], scores, strict=True))
+    return dict(zip(row["seeds"], runs, strict=True))
+
+
+def accuracy(found: dict[str, Any]) -> float:
+    """Of a run or of a class: mean over devices after the run, in %."""
+    after: float = found["accuracy"]["after"]["mean_over_devices"]
+    return 100 * after
 
 
 def told(values: Sequence[float], sign: str = "") -> str:
@@ -47,14 +54,17 @@ def of_class(row: dict[str, Any]) -> str:
     return text if row["plan"] else f"({text})"
 
 
-def cells(row: dict[str, Any], mine: dict[int, float], ours: dict[int, float], target: float | None) -> Iterator[str]:
+def cells(row: dict[str, Any], runs: Runs, our_runs: Runs, target: float | None) -> Iterator[str]:
     """A line of a table."""
     classes, totals = row["classes"], row["totals"]
+    mine, ours = ({seed: accuracy(run) for seed, run in each.items()} for each in (runs, our_runs))
     gaps = [mine[seed] - ours[seed] for seed in mine.keys() & ours.keys() if row["label"] != "caff"]
     peak = max(each["predicted"]["memory_bytes"] for each in classes if each["plan"]) / MIB
     yield from (row["label"], row["network"], "; ".join(each["plan"] or "nothing" for each in classes))
     yield from (told([*mine.values()]), told(gaps, "+") if gaps else "")
-    yield from (of_class(each) for each in classes if len(classes) > 1)
+    if len(classes) > 1:
+        yield from map(of_class, classes)
+        yield told([min(map(accuracy, run["classes"])) for run in runs.values()])
     yield from (f"{peak:.1f}", f"{totals['up_bytes'] / MIB:.1f}", f"{totals['flops'] / TERA:.1f}")
     if target:
         spent = row["to_target"]
@@ -71,10 +81,19 @@ def table(folder: Path) -> str:
     """The methods of a recorded setting, the best first, as Markdown."""
     collected = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     rows, target = collected["methods"], collected.get("target")
-    found = {row["label"]: accuracies(folder, row) for row in rows if row["seeds"]}
-    done = sorted((row for row in rows if row["seeds"]), key=lambda row: -mean(found[row["label"]].values()))
+    found = {row["label"]: summaries(folder, row) for row in rows if row["seeds"]}
+    done = sorted(
+        (row for row in rows if row["seeds"]), key=lambda row: -mean(map(accuracy, found[row["label"]].values()))
+    )
     names = [each["name"] for each in done[0]["classes"]]
-    head = ["method", "network", "trains", "accuracy, %", "against CAFF", *(names if len(names) > 1 else [])]
+    head = [
+        "method",
+        "network",
+        "trains",
+        "accuracy, %",
+        "against CAFF",
+        *([*names, "worst"] if len(names) > 1 else []),
+    ]
     head += ["peak, MiB", "uplink, MiB", "TFLOP"]
     head += [f"reach {target:.0%}", "round", "MiB till then", "TFLOP till then"] if target else []
     lines = [f"### {folder.name}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -131,6 +131,19 @@ def test_ties_go_to_the_deepest() -> None:
         assert chosen(CAFF, groups, order).name == "tiny-4"
 
 
+def test_what_is_told_where_drift_leaves_too_little() -> None:
+    """The memory that would do is that of which enough is always there."""
+    full = memory(4, 1)
+    group = Group("weak", 1, Budget(memory_bytes=full // 4), best_memory_bytes=full // 4 * 4)
+    with pytest.raises(UserError) as caught:
+        chosen(CAFF, [group], (4,))
+    said = str(caught.value)
+    worst, best = human("bytes", full // 4), human("bytes", full // 4 * 4)
+    assert f", the budget is {worst} of {best} in the worst of rounds, by drift" in said
+    (size,) = re.findall(r"memory = ([0-9.]+ \w+)", said)
+    assert 4 * full <= quantity("memory", size) <= 4.2 * full
+
+
 def test_the_deepest_may_be_preferred() -> None:
     """tiny-3 trains three blocks and tiny-4 two; who would be left out by tiny-4 alone makes it lose."""
     budget = Budget(flops=prices(CAFF, 3)[3].flops)

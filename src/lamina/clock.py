@@ -115,8 +115,8 @@ def settle(
     """
     ends = np.cumsum(rates.phases(devices, work, turn), axis=1)
     done = ends[:, -1]
-    fails, shares = _failures(clock, devices, turn)
-    broken = np.where(fails, shares * done, math.inf)
+    fails, parts = _failures(clock, devices, turn)
+    broken = np.where(fails, parts * done, math.inf)
     order = np.lexsort((turn.rng("ties").random(len(done)), done))
     first = order[((done <= left) & ~fails)[order]][:cohort]
     stops = np.minimum(np.minimum(done, left), broken)
@@ -143,7 +143,7 @@ def settle(
 
 
 def _failures(clock: Clock, devices: np.ndarray, turn: Turn) -> tuple[np.ndarray, np.ndarray]:
-    """Which devices break down, bool [n], and which share of their time they have worked by then, float64 [n]."""
+    """Which devices break down, bool [n], and which part of their work is done by then, float64 [n]."""
     draws = np.ones((len(devices), 2))
     if clock.failures:
         for row, device in enumerate(devices.tolist()):

@@ -368,6 +368,10 @@ def choose_network(
         f"needs {size} of {RESOURCES[name]}, the budget is {human(name, getattr(group.budget, name))}"
         for name, size in needs.items()
     ]
+    if group.best_memory_bytes and group.budget.memory_bytes and "memory_bytes" in needs:
+        shortfalls[0] += f" of {human('bytes', group.best_memory_bytes)} in the worst of rounds, by drift"
+        full = choice.cost.memory_bytes * group.best_memory_bytes / group.budget.memory_bytes
+        needs["memory_bytes"] = human("bytes", full, up=True)
     text = f"class {group.name!r} fits no plan of {nearest.name}: the cheapest {', and '.join(shortfalls)}"
     if "memory_bytes" in needs:
         category, size = max(asdict(choice.cost.memory).items(), key=lambda item: item[1])

@@ -74,6 +74,11 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
     one = {"fleet": one_class(f"{three} MiB")}
     half = {"fleet": one_class(f"{round(three / 2, 1)} MiB")}
     within = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop")]
+    # Of methods that draw the same plan where only uploads count, or nothing binds, one stands for all
+    by_upload = [*within, *DEEP]
+    for label in ("lora-last-t", "fedra", "caff, 6 blocks"):
+        by_upload.remove(label)
+    unbound = ["fedavg, restricted", *LAST, "lora", "adapters", "depthfl", "progfed", "slt"]
     tuning = {
         "seeds": [100],
         "rounds": 6,
@@ -104,8 +109,8 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
         "race": half | race | {"labels": [*LAST, "cocofl", "slt", "fedavg, no budgets"]},
         "robust": robust
         | {"labels": ["fedavg, drop", *LAST, "lora", "heterofl", "fedrolex", "depthfl", "cocofl", "slt"]},
-        "exact": half | {"levers": "exact", "labels": [*within, *DEEP]},
-        "uplink": {"fleet": one_class(uplink=f"{round(2 * UPLINK[task], 1)} KiB"), "labels": [*within, *DEEP]},
+        "exact": half | {"levers": "exact", "labels": [*unbound, "caff, 12 blocks", "lora-last-t, 12 blocks"]},
+        "uplink": {"fleet": one_class(uplink=f"{round(2 * UPLINK[task], 1)} KiB"), "labels": by_upload},
         "compute": {"fleet": one_class(flops=f"{round(COMPUTE[task] / 2, 1)} G"), "labels": [*within, *DEEP]},
         # Whether a head that is new decides between two methods: from a network whose head was trained before, and
         # with a learning rate of its own for the head

@@ -24,10 +24,11 @@ from lamina.ledger import Ledger
 from lamina.methods import METHODS, Method
 from lamina.methods.adapters import Adapters
 from lamina.methods.blocks import Alf, Caff
-from lamina.methods.depth import DepthFL, ProgFed, Slt
+from lamina.methods.depth import DepthFL
 from lamina.methods.exact import FlexLora
 from lamina.methods.forward import Mezo, Spry
 from lamina.methods.groups import Fed2
+from lamina.methods.growth import ProgFed, Slt
 from lamina.methods.lora import FedLora
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask

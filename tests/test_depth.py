@@ -25,8 +25,9 @@ from lamina.job import Job, Local, Turn
 from lamina.layout import Params
 from lamina.levers import Levers
 from lamina.methods import Method, to_table
-from lamina.methods.depth import DepthFL, ProgFed, Slt, first_blocks
+from lamina.methods.depth import DepthFL, first_blocks
 from lamina.methods.full import FedAvg
+from lamina.methods.growth import ProgFed, Slt
 from lamina.plan import Plan, Vote, narrow
 from lamina.planner import Fleet
 from lamina.run import Run

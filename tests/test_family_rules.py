@@ -22,8 +22,9 @@ from lamina.kernels import Mix
 from lamina.layout import Axis, Params
 from lamina.methods import METHODS, Method
 from lamina.methods.blocks import Caff, CocoFl
-from lamina.methods.depth import DepthFL, ProgFed, Slt, first_blocks
+from lamina.methods.depth import DepthFL, first_blocks
 from lamina.methods.forward import Mezo, Spry
+from lamina.methods.growth import ProgFed, Slt
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.width import FederatedDropout, FedRolex, Fjord, HeteroFL, Width
 from lamina.model import Batch, Output

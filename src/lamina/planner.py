@@ -136,6 +136,11 @@ class Fleet:
     fits: Callable[[int, Plan], bool]
     mix: np.ndarray | None = None
 
+    @property
+    def able(self) -> list[int]:
+        """The classes of which devices take part."""
+        return sorted({group for group in self.class_of if self.plans[group] is not None})
+
 
 def choose_plan(
     method: Method,

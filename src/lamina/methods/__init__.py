@@ -7,11 +7,12 @@ from typing import Any, cast
 from lamina.methods.adapters import Adapters
 from lamina.methods.base import Method
 from lamina.methods.blocks import Alf, Caff, CocoFl, FedRa
-from lamina.methods.depth import DepthFL, ProgFed, Slt
+from lamina.methods.depth import DepthFL
 from lamina.methods.exact import FedExLora, FlexLora, Flora
 from lamina.methods.forward import Mezo, Spry
 from lamina.methods.full import FedAvg
 from lamina.methods.groups import Fed2
+from lamina.methods.growth import ProgFed, Slt
 from lamina.methods.lora import FedLora, FfaLora, HetLora, LoraLastT
 from lamina.methods.lowrank import FedHM, Flanc
 from lamina.methods.masks import PerFedMask

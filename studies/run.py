@@ -25,8 +25,8 @@ HERE = Path(__file__).parent
 RECORDS = HERE.parent / "records" / "study"
 GRID = {"lr": [3e-4, 1e-3, 3e-3, 1e-2]}
 HEAD_GRID = GRID | {"head_lr": [3e-3, 1e-2, 3e-2]}
-# Peak memory in MiB of full training of the networks with three and six blocks (`lamina plan`, batch 32), rounded up
-FULL = {"shakespeare": (54.31, 103.3), "cifar10": (45.04, 85.6), "cifar100": (45.18, 85.7)}
+# Peak memory in MiB of full training of the networks with three, six and nine blocks (`lamina plan`, batch 32), rounded
+FULL = {"shakespeare": (54.31, 103.3, 152.4), "cifar10": (45.04, 85.6, 126.2), "cifar100": (45.18, 85.7, 126.3)}
 # Of the network with six blocks: KiB that a device sends with LoRA, GFLOP that it computes with full training
 UPLINK = {"shakespeare": 360.0, "cifar10": 327.8, "cifar100": 361.9}
 COMPUTE = {"shakespeare": 94.0, "cifar10": 46.3, "cifar100": 46.3}
@@ -70,7 +70,7 @@ def three_classes(full: float, *shares: float) -> list[dict[str, Any]]:
 
 def settings(task: str) -> dict[str, dict[str, Any]]:
     """What each setting changes; `grid` are learning rates to try, else those count that the tuning `rates` found."""
-    three, six = FULL[task]
+    three, six, nine = FULL[task]
     one = {"fleet": one_class(f"{three} MiB")}
     half = {"fleet": one_class(f"{round(three / 2, 1)} MiB")}
     within = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop")]
@@ -85,7 +85,7 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
         "validation": 0.2,
         "fleet": three_classes(1.02 * six, 1, 0.5, 0.25),
     }
-    thirds = three_classes(1.02 * six, 1, 0.66, 0.33)
+    thirds, eighths = (three_classes(1.02 * six, *shares) for shares in ((1, 0.66, 0.33), (1, 0.5, 0.125)))
     # As three-classes; in a round a device has up to 30 % less, and three in ten break down
     robust = {
         "task": {"split": "resource"},
@@ -97,15 +97,25 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
         "fleet": thirds,
         "labels": [*(label for label in METHODS if label != "fedavg, no budgets"), *DEEP],
     }
+    # An eighth is too little for most: they leave that class out
+    steep = {"task": {"split": "resource"}, "fleet": eighths, "each": {"on_infeasible": "drop"}}
+    steep |= {
+        "labels": [label for label in within if label != "fedavg, restricted"] + ["fedavg, drop", "caff, 12 blocks"]
+    }
+    larger = {"depths": DEPTHS, "labels": [*within, "caff, 12 blocks", "lora-last-t, 12 blocks"]}
     return {
         "tuning": tuning | {"labels": TUNED, "grid": GRID},
-        "head-tuning": tuning | {"labels": LAST, "grid": HEAD_GRID},
+        "head-tuning": tuning | {"labels": TUNED, "grid": HEAD_GRID},
         "half": half | {"labels": [*within, *DEEP]},
         "one": one | {"labels": ["fedavg, no budgets", *within, *DEEP]},
+        "six": {"fleet": one_class(f"{1.02 * six:.1f} MiB")} | larger,
+        "nine": {"fleet": one_class(f"{1.02 * nine:.1f} MiB")} | larger,
         "half-deep": half | {"prefer": "deep", "depths": DEPTHS, "labels": within},
         "one-deep": one | {"prefer": "deep", "depths": DEPTHS, "labels": within},
         "three-classes": {"task": {"split": "resource"}} | uneven,
         "three-classes-iid": {"task": {"split": "iid"}} | uneven,
+        "eighths": steep,
+        "eighths-exact": steep | {"levers": "exact"},
         "race": half | race | {"labels": [*LAST, "cocofl", "slt", "fedavg, no budgets"]},
         "robust": robust
         | {"labels": ["fedavg, drop", *LAST, "lora", "heterofl", "fedrolex", "depthfl", "cocofl", "slt"]},
@@ -115,7 +125,7 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
         # Whether a head that is new decides between two methods: from a network whose head was trained before, and
         # with a learning rate of its own for the head
         "warm": half | {"labels": LAST, "grid": GRID},
-        "head": half | {"labels": LAST, "rates": "head-tuning"},
+        "head": half | {"labels": within, "rates": "head-tuning"},
         "three-classes-head": {"task": {"split": "resource"}} | uneven | {"labels": LAST, "rates": "head-tuning"},
     }
 
@@ -124,7 +134,7 @@ def comparison(task: str, setting: str, tunings: list[Path], data: str) -> dict[
     """The tables of the comparison; `tunings` are folders of which the first that has the tuning counts."""
     base = tomllib.loads((HERE / f"{task}.toml").read_text(encoding="utf-8"))
     change = settings(task)[setting]
-    labels, words, grid = change.pop("labels"), change.pop("task", {}), change.pop("grid", {})
+    labels, words, grid, each = (change.pop("labels"), *(change.pop(key, {}) for key in ("task", "grid", "each")))
     rates = {} if grid else chosen(tunings, change.pop("rates", "tuning"))
     table = {"name": f"{task}-{setting}"} | base | change
     table["task"] = base["task"] | words
@@ -132,7 +142,7 @@ def comparison(task: str, setting: str, tunings: list[Path], data: str) -> dict[
         table["networks"] = [f"{base['networks'][0].rpartition('-')[0]}-{depth}" for depth in depths]
     if "path" in table["task"]:
         table["task"]["path"] = str(Path(data) / task)
-    table["methods"] = [entry(label, rates, table["networks"]) for label in labels]
+    table["methods"] = [entry(label, rates, table["networks"]) | each for label in labels]
     table["local"] = base["local"] | grid
     return table
 

@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
         name: {"name": name}
         for name in (
             *("caff", "lora", "lora-last-t", "hetlora", "adapters", "heterofl", "fedrolex", "federated-dropout"),
-            *("depthfl", "progfed", "slt", "cocofl", "fedra", "fedhm"),
+            *("depthfl", "progfed", "slt", "cocofl", "fedra", "fedhm", "fjord"),
         )
     },
 }
@@ -51,7 +51,7 @@ DEEP = {f"{name}, {blocks} blocks": (name, blocks) for name, blocks in (("caff",
 """On one network alone, with the learning rate of the method."""
 DEPTHS = (3, 6, 9, 12)
 LAST = ["caff", "lora-last-t"]
-TUNED = [label for label in METHODS if label not in ("fedavg, restricted", "fedavg, drop")]
+TUNED = [label for label in METHODS if label not in ("fedavg, restricted", "fedavg, drop", "fjord")]
 
 
 def one_class(memory: str | None = None, **budget: str) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
     three, six, nine = FULL[task]
     one = {"fleet": one_class(f"{three} MiB")}
     half = {"fleet": one_class(f"{round(three / 2, 1)} MiB")}
-    within = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop")]
+    within = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop", "fjord")]
     # Of methods that draw the same plan where only uploads count, or nothing binds, one stands for all
     by_upload = [*within, *DEEP]
     for label in ("lora-last-t", "fedra", "caff, 6 blocks"):
@@ -95,7 +95,7 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
     race = {"rounds": ROUNDS[task], "eval_every": 4, "target": TARGET[task]}
     uneven = {
         "fleet": thirds,
-        "labels": [*(label for label in METHODS if label != "fedavg, no budgets"), *DEEP],
+        "labels": ["fedavg, drop", *within, *DEEP],
     }
     # An eighth is too little for most: they leave that class out
     steep = {"task": {"split": "resource"}, "fleet": eighths, "each": {"on_infeasible": "drop"}}
@@ -106,10 +106,12 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
     return {
         "tuning": tuning | {"labels": TUNED, "grid": GRID},
         "head-tuning": tuning | {"labels": TUNED, "grid": HEAD_GRID},
+        "fjord-tuning": tuning | {"labels": ["fjord"], "grid": GRID},
         "half": half | {"labels": [*within, *DEEP]},
         "one": one | {"labels": ["fedavg, no budgets", *within, *DEEP]},
         "six": {"fleet": one_class(f"{1.02 * six:.1f} MiB")} | larger,
         "nine": {"fleet": one_class(f"{1.02 * nine:.1f} MiB")} | larger,
+        "fjord": half | {"labels": ["caff", "fjord"], "rates": "fjord-tuning"},
         "half-deep": half | {"prefer": "deep", "depths": DEPTHS, "labels": within},
         "one-deep": one | {"prefer": "deep", "depths": DEPTHS, "labels": within},
         "three-classes": {"task": {"split": "resource"}} | uneven,
@@ -135,7 +137,8 @@ def comparison(task: str, setting: str, tunings: list[Path], data: str) -> dict[
     base = tomllib.loads((HERE / f"{task}.toml").read_text(encoding="utf-8"))
     change = settings(task)[setting]
     labels, words, grid, each = (change.pop("labels"), *(change.pop(key, {}) for key in ("task", "grid", "each")))
-    rates = {} if grid else chosen(tunings, change.pop("rates", "tuning"))
+    names = dict.fromkeys(("tuning", change.pop("rates", "tuning")))
+    rates = {} if grid else {label: best for name in names for label, best in chosen(tunings, name).items()}
     table = {"name": f"{task}-{setting}"} | base | change
     table["task"] = base["task"] | words
     if depths := table.pop("depths", ()):

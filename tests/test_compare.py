@@ -124,6 +124,8 @@ def test_the_whole_of_it(table: Table, tmp_path: Path, lamina: Call) -> None:
     assert [each["plan"] for each in full["classes"]] == ["all 3", None]
     weak = [each["classes"][1]["accuracy"]["after"]["mean_over_devices"] for each in results]
     assert caff["classes"][1]["accuracy"]["mean"] == pytest.approx(fmean(weak))
+    worst = [min(row["accuracy"]["after"]["mean_over_devices"] for row in each["classes"]) for each in results]
+    assert caff["worst_class"] == pytest.approx({"mean": fmean(worst), "std": stdev(worst)})
     code, text, _ = lamina("compare", file, "--out", out)
     assert code == 0 and text.count("done before") == 4
     assert "caff" in text and "lora does not fit: class 'strong' fits no plan" in text
@@ -170,11 +172,12 @@ def test_cells_are_known_by_their_settings(table: Table, tmp_path: Path) -> None
 
 
 def test_one_seed_has_no_spread(table: Table, tmp_path: Path) -> None:
-    comparison = load(table | {"seeds": [3], "methods": [{"name": "caff"}]}, tmp_path)
+    alone = {"seeds": [3], "methods": [{"name": "caff"}], "fleet": table["fleet"][:1]}
+    comparison = load(table | alone, tmp_path)
     found = list(cells(comparison, tmp_path))
     run_cell(found[0], {}, finish)
     (row,) = compare.collect(comparison, found, {})["methods"]
-    assert row["accuracy"]["after"]["p10"]["std"] is None
+    assert row["accuracy"]["after"]["p10"]["std"] is None and row["worst_class"] is None
     assert "±" not in str(tables.comparison({"seeds": [3], "methods": [row]})[0].rows)
 
 

@@ -108,7 +108,7 @@ def folder(summary: Table, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def method(label: str, accuracy: list[float], used: int, up: float = 1.0, **more: Any) -> Table:
+def method(label: str, accuracy: list[float], used: int, up: float = 1.0, worst: float = 0.1, **more: Any) -> Table:
     mean, std = fmean(accuracy), stdev(accuracy) if len(accuracy) > 1 else None
     after = {"mean": mean, "std": std}
     first = device_class("big", used, 50 * MIB) | {"accuracy": after}
@@ -119,6 +119,7 @@ def method(label: str, accuracy: list[float], used: int, up: float = 1.0, **more
             "before": {kind: {"mean": 0.2, "std": 0.0} for kind in charts.KINDS},
             "after": dict.fromkeys(charts.KINDS, after),
         },
+        "worst_class": {"mean": worst, "std": 0.01},
         "took_part": 1.0,
         "totals": {"rounds": 3, "up_bytes": up * MIB, "down_bytes": 1.0, "flops": 1e9, "clock_seconds": 0},
         "classes": [first, second],
@@ -130,7 +131,7 @@ def method(label: str, accuracy: list[float], used: int, up: float = 1.0, **more
 def collected() -> Table:
     methods = [
         method("good", [0.5, 0.54], 40 * MIB, up=4.0),
-        method("level", [0.5, 0.5], 20 * MIB, up=5.0, took_part=0.5),
+        method("level", [0.5, 0.5], 20 * MIB, up=5.0, worst=0.2, took_part=0.5),
         method("free", [0.6, 0.6], 60 * MIB),
         method("poor", [0.3, 0.3], 30 * MIB),
         {"label": NASTY, "seeds": [], "misfit": f"class {NASTY} fits no plan"},
@@ -359,7 +360,8 @@ def test_the_front_keeps_the_budgets(collected: Table) -> None:
 def test_the_answer_of_a_comparison(collected: Table) -> None:
     assert answers.of_comparison(collected) == (
         "good is the most accurate within the budgets: 52.0±2.8%, from 20.0% before (mean ± standard deviation over 2 "
-        "seeds). Level with it, within the larger standard deviation of the two: level. Beyond the budgets: free "
+        "seeds). Level with it, within the larger standard deviation of the two: level. The class that is worst off "
+        "has most with level: 20.0±1.0% (good: 10.0±1.0%). Beyond the budgets: free "
         f"60.0±0.0%. Leave devices out: level (50%). Have no plan within the budgets: {NASTY}."
     )
     rows = {row["label"]: row for row in collected["methods"]}
@@ -377,10 +379,18 @@ def test_the_answer_of_a_comparison(collected: Table) -> None:
 
 def test_fairness_has_a_panel_per_class(collected: Table) -> None:
     chart = contrast.fairness(collected["methods"])
-    assert chart and len(points(chart)) == 8
+    assert chart and len(points(chart)) == 12
     for panel in ("big", "small"):
         at = [x for x, _, text in points(chart) if f", {panel}:" in text]
         assert [(x - at[-1]) / (at[0] - at[-1]) for x in at] == pytest.approx([1, 22 / 30, 20 / 30, 0], abs=1e-3)
+    assert [text for *_, text in points(chart) if ", worst off:" in text] == [
+        f"{label}, worst off: {share}.0% ± 1.0%"
+        for label, share in (("free", 10), ("good", 10), ("level", 20), ("poor", 10))
+    ]
+    for row in collected["methods"][:-1]:
+        del row["worst_class"]  # as in a comparison from before there was such a thing
+    older = contrast.fairness(collected["methods"])
+    assert older and len(points(older)) == 8 and "worst off" not in older.svg
     for row in collected["methods"][:-1]:
         row["classes"] = row["classes"][:1]
     assert contrast.fairness(collected["methods"]) is None

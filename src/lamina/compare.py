@@ -131,6 +131,7 @@ def _row(label: str, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
             }
             for when in first["accuracy"]
         },
+        "worst_class": _worst(results),
         "took_part": 1 - fmean(sum(each["sat_out"] for each in result["classes"]) / devices for result in results),
         "totals": {key: fmean(each["totals"][key] for each in results) for key in first["totals"]},
         "classes": [
@@ -154,6 +155,15 @@ def _of_class(results: Sequence[dict[str, Any]], index: int) -> dict[str, Any] |
     found = [each["classes"][index]["accuracy"] for each in results]
     kept = [each["after"]["mean_over_devices"] for each in found if each]
     return _spread(kept) if kept else None
+
+
+def _worst(results: Sequence[dict[str, Any]]) -> dict[str, float | None] | None:
+    """Accuracy after the run of the class that is worst off, seed by seed; None where one class or none was tested."""
+    found = [
+        [row["accuracy"]["after"]["mean_over_devices"] for row in each["classes"] if row["accuracy"]]
+        for each in results
+    ]
+    return _spread([min(each) for each in found]) if all(len(each) > 1 for each in found) else None
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

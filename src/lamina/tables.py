@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from lamina.fleet import RESOURCES
@@ -14,6 +14,7 @@ from lamina.table import Table
 from lamina.units import duration, human
 
 _BAR = 28
+WORST = "worst off"
 _KINDS = {
     "mean_over_devices": "mean over devices",
     "weighted": "weighted by predictions",
@@ -257,50 +258,60 @@ def comparison(collected: Mapping[str, Any]) -> list[Table]:
     """The result and the cost of each method, and what each class held and trained for it."""
     done = [row for row in collected["methods"] if row["seeds"]]
     done.sort(key=lambda row: -row["accuracy"]["after"]["mean_over_devices"]["mean"])
-    names = [each["name"] for each in done[0]["classes"]] if done else []
-    names = names if len(names) > 1 else []
+    seeds = len(collected["seeds"])
+    results = _results(done, [row for row in collected["methods"] if not row["seeds"]])
+    return [
+        replace(results, title=f"Accuracy in % and cost, {seeds} seed{'s' * (seeds != 1)} ({results.title})"),
+        *([_race(done, collected["target"])] if done and collected.get("target") else []),
+        _held(done),
+    ]
+
+
+def by_class(row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any] | None, bool]]:
+    """Of each class, then of that which is worst off, if there are several: name, accuracy, and whether it trains."""
+    found = [(each["name"], each["accuracy"], each["plan"] is not None) for each in row["classes"]]
+    worst = [(WORST, row["worst_class"], True)] if "worst_class" in row else []
+    return [*found, *worst] if len(found) > 1 else []
+
+
+def _results(done: Sequence[Mapping[str, Any]], rest: Sequence[Mapping[str, Any]]) -> Table:
+    """Accuracies and totals, the best first, then what did not run; the title says what the columns are."""
+    names = [name for name, *_ in by_class(done[0])] if done else []
     timed = any(row["totals"].get("clock_seconds") for row in done)
-    results, classes = [], []
-    for row in [*done, *(row for row in collected["methods"] if not row["seeds"])]:
-        if not row["seeds"]:
-            results.append(
-                (row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(names) + 4 + timed))
-            )
-            continue
+    lines = []
+    for row in done:
         after, totals = row["accuracy"]["after"], row["totals"]
-        results.append(
+        lines.append(
             (
                 row["label"],
-                _percent(after["mean_over_devices"]),
-                _percent(after["p10"]),
-                *(_percent(each["accuracy"]) if each["accuracy"] else "" for each in row["classes"] if names),
+                percent(after["mean_over_devices"]),
+                percent(after["p10"]),
+                *(percent(found) if found else "" for _, found, _ in by_class(row)),
                 f"{row['took_part']:.0%}",
                 human("bytes", *(round(totals[key]) for key in ("up_bytes", "down_bytes"))),
                 human("flops", round(totals["flops"])),
                 *([duration(totals["clock_seconds"])] if timed else []),
             )
         )
+    head = ("method", "mean", "p10", *names, "part", "up / down", "FLOPs", *(["time"] if timed else []))
+    for row in rest:
+        lines.append((row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(head) - 2)))
+    return Table("mean±std; p10: nine in ten devices have more; part: devices that took part", head, lines)
+
+
+def _held(done: Sequence[Mapping[str, Any]]) -> Table:
+    """What each class held and trained, method by method."""
+    lines = []
+    for row in done:
         for i, each in enumerate(row["classes"]):
             used, there = each["predicted"], each["plan"] is not None
-            cells = (
-                "" if i else row["label"],
-                "" if i else row["network"],
-                each["name"],
-                each["plan"] or "does not fit",
-            )
+            named = (row["label"], row["network"]) if not i else ("", "")
             held = human("bytes", used["down_bytes"]) if there else ""
             memory = human("memory_bytes", used["memory_bytes"], each["budget"]["memory_bytes"])
-            classes.append((*cells, ", ".join(each["levers"]), held, memory))
-    seeds = len(collected["seeds"])
-    what = "mean±std; p10: nine in ten devices have more; part: devices that took part"
-    title = f"Accuracy in % and cost, {seeds} seed{'s' * (seeds != 1)} ({what})"
-    head = ("method", "mean", "p10", *names, "part", "up / down", "FLOPs", *(["time"] if timed else []))
-    held_head = ("method", "network", "class", "trains blocks", "levers", "holds", "peak memory / budget")
-    return [
-        Table(title, head, results),
-        *([_race(done, collected["target"])] if done and collected.get("target") else []),
-        Table("What each class held and trained", held_head, classes, left=5),
-    ]
+            plan = each["plan"] or "does not fit"
+            lines.append((*named, each["name"], plan, ", ".join(each["levers"]), held, memory))
+    head = ("method", "network", "class", "trains blocks", "levers", "holds", "peak memory / budget")
+    return Table("What each class held and trained", head, lines, left=5)
 
 
 def _race(done: Sequence[Mapping[str, Any]], target: float) -> Table:
@@ -321,7 +332,8 @@ def _race(done: Sequence[Mapping[str, Any]], target: float) -> Table:
     return Table(f"Until {target:.1%} are reached (mean over the seeds that do)", head, lines)
 
 
-def _percent(found: Mapping[str, float | None]) -> str:
+def percent(found: Mapping[str, float | None]) -> str:
+    """A share as mean and, over several seeds, standard deviation: "56.2±0.2"."""
     assert found["mean"] is not None
     return f"{100 * found['mean']:.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
 

@@ -11,6 +11,7 @@ from lamina.fleet import RESOURCES
 from lamina.report.charts import Tally
 from lamina.report.contrast import mean_accuracy, over_budget, score
 from lamina.table import Table
+from lamina.tables import percent
 from lamina.units import duration, human
 
 Row = Mapping[str, Any]
@@ -59,6 +60,13 @@ def of_comparison(collected: Row) -> str:
         said.append(f"Of those that leave no device out, {whole[0]['label']} is: {score(whole[0])}.")
     if level:
         said.append(f"Level with it, within the larger standard deviation of the two: {_names(level)}.")
+    if known := [row for row in fair if row.get("worst_class")]:
+        fairest = max(known, key=lambda row: row["worst_class"]["mean"])
+        beside = f" ({best['label']}: {percent(best['worst_class'])}%)" if fairest is not best else ""
+        said.append(
+            "The class that is worst off has most with "
+            f"{_names([fairest])}: {percent(fairest['worst_class'])}%{beside}."
+        )
     if free := [row for row in done if over_budget(row)]:
         scores = (f"{row['label']} {score(row)}" for row in free)
         said.append(f"Beyond the budgets: {_listed(scores)}.")

@@ -11,6 +11,7 @@ from lamina.fleet import RESOURCES
 from lamina.report import marks
 from lamina.report.charts import ACCURACY, COSTS, LEFT, ROW, TALL, TOP, progress
 from lamina.report.marks import Chart, Quantity, Scale, colour, tag, words
+from lamina.tables import WORST, by_class, percent
 
 Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[tuple[Row, Sequence[Row]]]]  # label -> per seed: summary and rounds
@@ -27,8 +28,7 @@ def mean_accuracy(row: Row) -> tuple[float, float]:
 
 def score(row: Row) -> str:
     """Mean accuracy of a method in words: "56.2±0.2%"."""
-    mean, std = mean_accuracy(row)
-    return f"{100 * mean:.1f}" + (f"±{100 * std:.1f}%" if len(row["seeds"]) > 1 else "%")
+    return percent(row["accuracy"]["after"]["mean_over_devices"]) + "%"
 
 
 def over_budget(row: Row) -> bool:
@@ -139,32 +139,35 @@ def fairness(methods: Sequence[Row]) -> Chart | None:
     None where there is one class: the ranking has said all.
     """
     done = ranked(methods)
-    names = [each["name"] for each in done[0][1]["classes"]]
-    found = [each["accuracy"] for _, row in done for each in row["classes"] if each["accuracy"]]
-    values = [each["mean"] + sign * (each["std"] or 0.0) for each in found for sign in (-1, 1)]
-    if not values or len(names) == 1:
+    rows = [by_class(row) for _, row in done]
+    values = [
+        each["mean"] + sign * (each["std"] or 0.0) for row in rows for _, each, _ in row if each for sign in (-1, 1)
+    ]
+    if not values:
         return None
     left = 24 + max(marks.width(row["label"]) for _, row in done)
-    wide = (900 - left) / len(names)
+    wide = (900 - left) / len(rows[0])
     low, high = marks.padded(values)
     bottom = 46 + 22 * (len(done) - 1) + 18
     parts = [
         words(left - 12, 46 + 22 * n + 4, row["label"], f"{colour(i)} own", "end") for n, (i, row) in enumerate(done)
     ]
-    for column, name in enumerate(names):
+    for column, (name, *_) in enumerate(rows[0]):
         x = Scale(low, high, left + column * wide + 6, left + (column + 1) * wide - 18)
         parts.append(marks.axes(x, Scale(0, 1, 28, bottom), ACCURACY, None))
         parts.append(words(x.start, 18, name))
         for n, (index, row) in enumerate(done):
-            each, at = row["classes"][column], 46.0 + 22 * n
-            if each["accuracy"]:
-                mean, std = each["accuracy"]["mean"], each["accuracy"]["std"] or 0.0
+            (_, found, trains), at = rows[n][column], 46.0 + 22 * n
+            if found:
+                mean, std = found["mean"], found["std"] or 0.0
                 parts.append(marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}"))
-                tip = f"{row['label']}, {name}: {mean:.1%} ± {std:.1%}" + ("" if each["plan"] else ", takes no part")
-                parts.append(marks.point(x(mean), at, tip, index, hollow=not each["plan"]))
+                tip = f"{row['label']}, {name}: {mean:.1%} ± {std:.1%}" + ("" if trains else ", takes no part")
+                parts.append(marks.point(x(mean), at, tip, index, hollow=not trains))
     title = "Is it fair to every class"
     note = "Accuracy after the run on the devices of each class."
-    if any(not each["plan"] for _, row in done for each in row["classes"]):
+    if rows[0][-1][0] == WORST:
+        note += " Worst off: the lowest of the classes, which may be another for each seed."
+    if any(not trains for row in rows for _, _, trains in row):
         note += " Hollow: the class takes no part in the training."
     return Chart("fairness", title, note, marks.drawing(900, bottom + 42, title, *parts))
 

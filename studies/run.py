@@ -51,6 +51,7 @@ DEEP = {f"{name}, {blocks} blocks": (name, blocks) for name, blocks in (("caff",
 """On one network alone, with the learning rate of the method."""
 DEPTHS = (3, 6, 9, 12)
 LAST = ["caff", "lora-last-t"]
+WITHIN = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop", "fjord")]
 TUNED = [label for label in METHODS if label not in ("fedavg, restricted", "fedavg, drop", "fjord")]
 
 
@@ -70,65 +71,67 @@ def three_classes(full: float, *shares: float) -> list[dict[str, Any]]:
 
 def settings(task: str) -> dict[str, dict[str, Any]]:
     """What each setting changes; `grid` are learning rates to try, else those count that the tuning `rates` found."""
-    three, six, nine = FULL[task]
-    one = {"fleet": one_class(f"{three} MiB")}
-    half = {"fleet": one_class(f"{round(three / 2, 1)} MiB")}
-    within = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop", "fjord")]
-    # Of methods that draw the same plan where only uploads count, or nothing binds, one stands for all
-    by_upload = [*within, *DEEP]
-    for label in ("lora-last-t", "fedra", "caff, 6 blocks"):
-        by_upload.remove(label)
-    unbound = ["fedavg, restricted", *LAST, "lora", "adapters", "depthfl", "progfed", "slt"]
-    tuning = {
-        "seeds": [100],
-        "rounds": 6,
-        "validation": 0.2,
-        "fleet": three_classes(1.02 * six, 1, 0.5, 0.25),
-    }
-    thirds, eighths = (three_classes(1.02 * six, *shares) for shares in ((1, 0.66, 0.33), (1, 0.5, 0.125)))
-    # As three-classes; in a round a device has up to 30 % less, and three in ten break down
-    robust = {
-        "task": {"split": "resource"},
-        "fleet": [each | {"drift": 0.3} for each in thirds],
-        "clock": {"failures": 0.3},
-    }
-    race = {"rounds": ROUNDS[task], "eval_every": 4, "target": TARGET[task]}
-    uneven = {
-        "fleet": thirds,
-        "labels": ["fedavg, drop", *within, *DEEP],
-    }
-    # An eighth is too little for most: they leave that class out
-    steep = {"task": {"split": "resource"}, "fleet": eighths, "each": {"on_infeasible": "drop"}}
-    steep |= {
-        "labels": [label for label in within if label != "fedavg, restricted"] + ["fedavg, drop", "caff, 12 blocks"]
-    }
-    larger = {"depths": DEPTHS, "labels": [*within, "caff, 12 blocks", "lora-last-t, 12 blocks"]}
+    return of_tuning(task) | of_equal_devices(task) | of_classes(task)
+
+
+def of_tuning(task: str) -> dict[str, dict[str, Any]]:
+    """Learning rates: another seed, few rounds, examples held back, three classes that any method can take part in."""
+    fleet = three_classes(1.02 * FULL[task][1], 1, 0.5, 0.25)
+    tuning = {"seeds": [100], "rounds": 6, "validation": 0.2, "fleet": fleet}
     return {
         "tuning": tuning | {"labels": TUNED, "grid": GRID},
         "head-tuning": tuning | {"labels": TUNED, "grid": HEAD_GRID},
         "fjord-tuning": tuning | {"labels": ["fjord"], "grid": GRID},
-        "half": half | {"labels": [*within, *DEEP]},
-        "one": one | {"labels": ["fedavg, no budgets", *within, *DEEP]},
+    }
+
+
+def of_equal_devices(task: str) -> dict[str, dict[str, Any]]:
+    """Fleets of equal devices that lack memory, or upload or operations."""
+    three, six, nine = FULL[task]
+    one, half = ({"fleet": one_class(f"{memory} MiB")} for memory in (three, round(three / 2, 1)))
+    # Of methods that draw the same plan where only uploads count, or nothing binds, one stands for all
+    by_upload = [label for label in [*WITHIN, *DEEP] if label not in ("lora-last-t", "fedra", "caff, 6 blocks")]
+    unbound = ["fedavg, restricted", *LAST, "lora", "adapters", "depthfl", "progfed", "slt"]
+    larger = {"depths": DEPTHS, "labels": [*WITHIN, "caff, 12 blocks", "lora-last-t, 12 blocks"]}
+    deep = {"prefer": "deep", "depths": DEPTHS, "labels": WITHIN}
+    race = {"rounds": ROUNDS[task], "eval_every": 4, "target": TARGET[task]}
+    return {
+        "half": half | {"labels": [*WITHIN, *DEEP]},
+        "one": one | {"labels": ["fedavg, no budgets", *WITHIN, *DEEP]},
         "six": {"fleet": one_class(f"{1.02 * six:.1f} MiB")} | larger,
         "nine": {"fleet": one_class(f"{1.02 * nine:.1f} MiB")} | larger,
         "fjord": half | {"labels": ["caff", "fjord"], "rates": "fjord-tuning"},
-        "half-deep": half | {"prefer": "deep", "depths": DEPTHS, "labels": within},
-        "one-deep": one | {"prefer": "deep", "depths": DEPTHS, "labels": within},
-        "three-classes": {"task": {"split": "resource"}} | uneven,
-        "three-classes-iid": {"task": {"split": "iid"}} | uneven,
-        "eighths": steep,
-        "eighths-exact": steep | {"levers": "exact"},
+        "half-deep": half | deep,
+        "one-deep": one | deep,
         "race": half | race | {"labels": [*LAST, "cocofl", "slt", "fedavg, no budgets"]},
-        "robust": robust
-        | {"labels": ["fedavg, drop", *LAST, "lora", "heterofl", "fedrolex", "depthfl", "cocofl", "slt"]},
         "exact": half | {"levers": "exact", "labels": [*unbound, "caff, 12 blocks", "lora-last-t, 12 blocks"]},
         "uplink": {"fleet": one_class(uplink=f"{round(2 * UPLINK[task], 1)} KiB"), "labels": by_upload},
-        "compute": {"fleet": one_class(flops=f"{round(COMPUTE[task] / 2, 1)} G"), "labels": [*within, *DEEP]},
-        # Whether a head that is new decides between two methods: from a network whose head was trained before, and
-        # with a learning rate of its own for the head
+        "compute": {"fleet": one_class(flops=f"{round(COMPUTE[task] / 2, 1)} G"), "labels": [*WITHIN, *DEEP]},
+        # Whether a head that is new decides between methods: from a network whose head was trained before, and with a
+        # learning rate of its own for the head
         "warm": half | {"labels": LAST, "grid": GRID},
-        "head": half | {"labels": within, "rates": "head-tuning"},
-        "three-classes-head": {"task": {"split": "resource"}} | uneven | {"labels": LAST, "rates": "head-tuning"},
+        "head": half | {"labels": WITHIN, "rates": "head-tuning"},
+    }
+
+
+def of_classes(task: str) -> dict[str, dict[str, Any]]:
+    """Fleets of three classes, by default with data that depends on the class."""
+    thirds, eighths = (three_classes(1.02 * FULL[task][1], *shares) for shares in ((1, 0.66, 0.33), (1, 0.5, 0.125)))
+    tied = {"task": {"split": "resource"}}
+    uneven = {"fleet": thirds, "labels": ["fedavg, drop", *WITHIN, *DEEP]}
+    # An eighth is too little for most: they leave that class out
+    steep = {"fleet": eighths, "each": {"on_infeasible": "drop"}}
+    steep |= {"labels": ["fedavg, drop", *(each for each in WITHIN if each != "fedavg, restricted"), "caff, 12 blocks"]}
+    # In a round a device has up to 30 % less, and three in ten break down
+    unsure = {"fleet": [each | {"drift": 0.3} for each in thirds], "clock": {"failures": 0.3}}
+    some = ["fedavg, drop", *LAST, "lora", "heterofl", "fedrolex", "depthfl", "cocofl", "slt"]
+    return {
+        "three-classes": tied | uneven,
+        "three-classes-iid": {"task": {"split": "iid"}} | uneven,
+        "three-classes-head": tied | uneven | {"labels": LAST, "rates": "head-tuning"},
+        "eighths": tied | steep,
+        "eighths-exact": tied | steep | {"levers": "exact"},
+        "robust": tied | unsure | {"labels": some},
     }
 
 

@@ -36,13 +36,14 @@ def main() -> None:
         into = RECORDS / setting
         for old in into.glob("*/"):
             shutil.rmtree(old)
+        collected = json.loads(bare(given.runs / setting / "compare.json", roots))
         copied = [(given.runs / f"{setting}.toml", into / "study.toml")]
-        for run in sorted(each.parent for each in (given.runs / setting).glob("*/summary.json")):
-            copied += [(run / name, into / run.name / name) for name in OF_RUN]
+        for run in (run for row in collected["methods"] for run in row.get("runs", ())):
+            copied += [(given.runs / setting / run / name, into / run / name) for name in OF_RUN]
         for source, target in copied:
             target.parent.mkdir(parents=True, exist_ok=True)
             files.write(target, bare(source, roots))
-        compare.save(into, json.loads(bare(given.runs / setting / "compare.json", roots)))
+        compare.save(into, collected)
         report.figures(report.read(into), into / "figures")
         print(into)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lamina import files
+from lamina import files, tables
 
 RECORDS = Path(__file__).parent.parent / "records" / "study"
 MIB, TERA = 2**20, 1e12
@@ -45,13 +45,11 @@ def told(values: Sequence[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:{sign}.1f}"
 
 
-def of_class(row: dict[str, Any]) -> str:
-    """Accuracy of a class, in brackets where it takes no part."""
-    accuracy = row["accuracy"]
-    if not accuracy:
-        return ""
-    text = f"{100 * accuracy['mean']:.1f}" + (f" ± {100 * accuracy['std']:.1f}" if accuracy["std"] is not None else "")
-    return text if row["plan"] else f"({text})"
+def by_class(row: dict[str, Any]) -> Iterator[str]:
+    """Accuracy of each class, in brackets where it takes no part, and of the one that is worst off."""
+    for _, found, trains in tables.by_class(row):
+        text = tables.percent(found).replace("±", " ± ") if found else ""
+        yield text if trains or not found else f"({text})"
 
 
 def cells(row: dict[str, Any], runs: Runs, our_runs: Runs, target: float | None) -> Iterator[str]:
@@ -62,9 +60,7 @@ def cells(row: dict[str, Any], runs: Runs, our_runs: Runs, target: float | None)
     peak = max(each["predicted"]["memory_bytes"] for each in classes if each["plan"]) / MIB
     yield from (row["label"], row["network"], "; ".join(each["plan"] or "nothing" for each in classes))
     yield from (told([*mine.values()]), told(gaps, "+") if gaps else "")
-    if len(classes) > 1:
-        yield from map(of_class, classes)
-        yield told([min(map(accuracy, run["classes"])) for run in runs.values()])
+    yield from by_class(row)
     yield from (f"{peak:.1f}", f"{totals['up_bytes'] / MIB:.1f}", f"{totals['flops'] / TERA:.1f}")
     if target:
         spent = row["to_target"]
@@ -85,16 +81,8 @@ def table(folder: Path) -> str:
     done = sorted(
         (row for row in rows if row["seeds"]), key=lambda row: -mean(map(accuracy, found[row["label"]].values()))
     )
-    names = [each["name"] for each in done[0]["classes"]]
-    head = [
-        "method",
-        "network",
-        "trains",
-        "accuracy, %",
-        "against CAFF",
-        *([*names, "worst"] if len(names) > 1 else []),
-    ]
-    head += ["peak, MiB", "uplink, MiB", "TFLOP"]
+    names = [name for name, *_ in tables.by_class(done[0])]
+    head = ["method", "network", "trains", "accuracy, %", "against CAFF", *names, "peak, MiB", "uplink, MiB", "TFLOP"]
     head += [f"reach {target:.0%}", "round", "MiB till then", "TFLOP till then"] if target else []
     lines = [f"### {folder.name}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in done:

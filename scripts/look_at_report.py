@@ -51,7 +51,8 @@ def browser(*arguments: str) -> subprocess.CompletedProcess[str]:
     if not found:
         sys.exit("error: there is no chromium; install it, or name it in CHROMIUM")
     with tempfile.TemporaryDirectory() as profile:
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+        options += ["--disable-background-networking", "--no-first-run", f"--user-data-dir={profile}"]
         command = [found, *options, "--virtual-time-budget=2000", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
 

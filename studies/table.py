@@ -1,6 +1,6 @@
-"""Write what records/study says of every setting: accuracy of each method, and how far it is from CAFF, seed by seed.
+"""Write what records/study says: tables of every setting, and a picture of how far each method is from CAFF.
 
-python studies/table.py docs/study-tables.md
+python studies/table.py docs          # writes docs/study-tables.md and docs/study.svg
 """
 
 from __future__ import annotations
@@ -13,13 +13,28 @@ from statistics import mean, stdev
 from typing import Any
 
 from lamina import files, tables
+from lamina.report import marks
+from lamina.report.marks import Chart
 
 RECORDS = Path(__file__).parent.parent / "records" / "study"
 MIB, TERA = 2**20, 1e12
 Runs = dict[int, dict[str, Any]]  # by seed
+TASKS = {"shakespeare": "Shakespeare", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+SETTINGS = ("half", "one", "half-deep", "exact", "uplink", "compute", "three-classes", "robust")
+ROWS = (
+    *("caff", "caff, 12 blocks", "cocofl", "lora-last-t", "lora-last-t, 12 blocks", "lora", "hetlora", "adapters"),
+    *("fedra", "fedavg", "slt", "progfed", "depthfl", "fedhm", "federated-dropout", "fedrolex", "heterofl"),
+)
+NOTES = (
+    "Points of accuracy ahead of (blue) or behind (orange) CAFF, which takes the network of which it can train most "
+    "blocks; its own line is its accuracy.",
+    "Bold: by more than a standard deviation of the differences over seeds, of which there is none with one seed. "
+    "*: leaves devices out. Nothing: not run.",
+)
+WIDE, HIGH = 62.0, 22.0
 HEAD = """# Study: all tables
 
-Made by `python studies/table.py docs/study-tables.md` from [records/study](../records/study); what they say is in
+Made by `python studies/table.py docs` from [records/study](../records/study); what they say is in
 [the study](study.md). Accuracies are means over devices, then means ± standard deviations over seeds where there are
 several; "against CAFF" is the difference seed by seed. Uplink and operations are those of all devices in all rounds,
 the peak is that of the class with the most. Of fleets with several classes, accuracy is told for each, in brackets
@@ -99,11 +114,71 @@ def page() -> str:
     return "\n\n".join([HEAD.rstrip(), *map(table, folders)]) + "\n"
 
 
+def gaps(folder: Path, row: dict[str, Any], ours: dict[str, Any]) -> list[float]:
+    """Points that a method is ahead of CAFF, seed by seed."""
+    mine, theirs = ({seed: accuracy(run) for seed, run in summaries(folder, each).items()} for each in (row, ours))
+    return [mine[seed] - theirs[seed] for seed in mine.keys() & theirs.keys()]
+
+
+def cell(folder: Path, rows: dict[str, Any], name: str, x: float, y: float) -> str:
+    """A box for a method in a setting: how far it is from CAFF, or that it has no plan; nothing if it was not run."""
+    called = [rows[label] for label in (name, f"{name}, restricted", f"{name}, drop") if label in rows]
+    row = next((each for each in called if each["seeds"]), None)
+    if row is None:
+        misfit = any(each["misfit"] for each in called)
+        return marks.words(x + WIDE / 2, y + 15, "no plan", "soft", "middle") if misfit else ""
+    found = gaps(folder, row, rows["caff"])
+    mine = told([accuracy(run) for run in summaries(folder, row).values()])
+    tip = f"{row['label']}, {folder.name}: {mine} %, {told(found, '+')} from CAFF"
+    if row is rows["caff"]:
+        return marks.words(x + WIDE / 2, y + 15, mine.split(" ")[0] + " %", "", "middle")
+    gap, star = round(mean(found), 1), "*" if row["took_part"] < 1 else ""
+    clear = gap and len(found) > 1 and abs(mean(found)) > stdev(found)
+    said = f"{gap:+.1f}".replace("-", "\u2212") if gap else "0.0"
+    look = {"class_": f"{marks.colour(0 if gap > 0 else 1)} fill", "fill_opacity": 0.6 * min(1, abs(gap) / 10) ** 0.5}
+    box = marks.tag("rect", x=x + 1, y=y + 1, width=WIDE - 2, height=HIGH - 2, tip=tip, **look)
+    return box + marks.words(x + WIDE / 2, y + 15, said + star, "own" if clear else "", "middle")
+
+
+def overview() -> str:
+    """Methods x settings: points ahead of or behind CAFF by the rule of the paper."""
+    folders = [RECORDS / f"{task}-{setting}" for task in TASKS for setting in SETTINGS]
+    folders = [folder for folder in folders if (folder / "compare.json").exists()]
+    compared = {
+        folder: {
+            row["label"]: row for row in json.loads((folder / "compare.json").read_text(encoding="utf-8"))["methods"]
+        }
+        for folder in folders
+    }
+    left, top = 175.0, 64.0
+    parts = []
+    for n, (folder, rows) in enumerate(compared.items()):
+        x = left + n * WIDE
+        task, _, setting = folder.name.partition("-")
+        if n == 0 or not folders[n - 1].name.startswith(f"{task}-"):
+            parts.append(marks.words(x + 2, 16, TASKS[task], "own"))
+            parts.append(marks.tag("line", x1=x, x2=x, y1=4, y2=top + HIGH * len(ROWS), class_="axis"))
+        for line, word in enumerate(setting.split("-", 1)):
+            parts.append(marks.words(x + WIDE / 2, 38 + 14 * line, word, "soft", "middle"))
+        for k, name in enumerate(ROWS):
+            parts.append(cell(folder, rows, name, x, top + k * HIGH))
+    for k, name in enumerate(ROWS):
+        parts.append(marks.words(left - 8, top + k * HIGH + 15, name, "own" if name == "caff" else "", "end"))
+    bottom = top + HIGH * len(ROWS)
+    for k, line in enumerate(NOTES):
+        parts.append(marks.words(8, bottom + 22 + 16 * k, line, "soft"))
+    size = left + WIDE * len(folders) + 8, bottom + 22 + 16 * len(NOTES)
+    title = "How far each method is from CAFF"
+    return Chart("study", title, "", marks.drawing(*size, title, *parts)).file()
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the page and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    files.write(parser.parse_args().out, page())
+    parser.add_argument("folder", type=Path, help="of the pages")
+    folder = parser.parse_args().folder
+    files.write(folder / "study-tables.md", page())
+    files.write(folder / "study.svg", overview())
 
 
 if __name__ == "__main__":

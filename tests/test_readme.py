@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from support import begin, moved, write_world
 
-from lamina import config, tables
+from lamina import config, tables, toml
 from lamina.cli import main
 from lamina.methods import METHODS
 from lamina.view import View
@@ -102,3 +102,23 @@ def test_the_tables_of_the_study_are_of_its_records() -> None:
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     names = set(re.findall(r"study-tables\.md#(\S+?)\)", page))
     assert len(names) >= 5 and names <= set(re.findall(r"^### (\S+)$", made, re.MULTILINE))
+
+
+@pytest.mark.parametrize("task", ["shakespeare", "cifar10", "cifar100"])
+def test_settings_of_the_study_are_files_that_lamina_reads(task: str, tmp_path: Path) -> None:
+    """With the learning rates that are recorded, where they are; those of CIFAR-100 are those of CIFAR-10."""
+    study = runpy.run_path(str(ROOT / "studies" / "run.py"))
+    tuned = ROOT / "records" / "study" / task.replace("100", "10")
+    settings = {
+        name
+        for name, change in study["settings"](task).items()
+        if tuned.with_name(f"{tuned.name}-{change.get('rates', 'tuning')}").exists()
+    }
+    assert {"tuning", "half", "one", "three-classes", "eighths", "exact", "uplink"} < settings
+    for setting in settings:
+        table = study["comparison"](task, setting, [tuned], "data")
+        (tmp_path / "study.toml").write_text(toml.dump(table), encoding="utf-8")
+        read = config.load_comparison(tmp_path / "study.toml")
+        assert read.name == f"{task}-{setting}" and len(read.experiments) > 1
+        rates = {label: experiment.local.lr for label, experiment in read.experiments}
+        assert len(set(rates.values())) > 1, setting

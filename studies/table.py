@@ -20,7 +20,7 @@ RECORDS = Path(__file__).parent.parent / "records" / "study"
 MIB, TERA = 2**20, 1e12
 Runs = dict[int, dict[str, Any]]  # by seed
 TASKS = {"shakespeare": "Shakespeare", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-SETTINGS = ("half", "one", "half-deep", "exact", "uplink", "compute", "three-classes", "robust")
+SETTINGS = ("half", "head", "one", "half-deep", "exact", "exact-head", "uplink", "compute", "three-classes", "robust")
 ROWS = (
     *("caff", "caff, 12 blocks", "cocofl", "lora-last-t", "lora-last-t, 12 blocks", "lora", "hetlora", "adapters"),
     *("fedra", "fedavg", "slt", "progfed", "depthfl", "fedhm", "federated-dropout", "fedrolex", "heterofl"),

@@ -276,7 +276,7 @@ def by_class(row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any] | None
 
 def _results(done: Sequence[Mapping[str, Any]], rest: Sequence[Mapping[str, Any]]) -> Table:
     """Accuracies and totals, the best first, then what did not run; the title says what the columns are."""
-    names = [name for name, *_ in by_class(done[0])] if done else []
+    names = [each["name"] for each in done[0]["classes"]] if done and len(done[0]["classes"]) > 1 else []
     timed = any(row["totals"].get("clock_seconds") for row in done)
     lines = []
     for row in done:
@@ -286,7 +286,7 @@ def _results(done: Sequence[Mapping[str, Any]], rest: Sequence[Mapping[str, Any]
                 row["label"],
                 percent(after["mean_over_devices"]),
                 percent(after["p10"]),
-                *(percent(found) if found else "" for _, found, _ in by_class(row)),
+                *(percent(each["accuracy"]) if each["accuracy"] else "" for each in row["classes"] if names),
                 f"{row['took_part']:.0%}",
                 human("bytes", *(round(totals[key]) for key in ("up_bytes", "down_bytes"))),
                 human("flops", round(totals["flops"])),

@@ -27,7 +27,7 @@ ROWS = (
 )
 NOTES = (
     "Points of accuracy ahead of (blue) or behind (orange) CAFF, which takes the network of which it can train most "
-    "blocks; its own line is its accuracy.",
+    "blocks (half deep: the deepest that fits); its own line is its accuracy.",
     "Bold: by more than a standard deviation of the differences over seeds, of which there is none with one seed. "
     "*: leaves devices out. Nothing: not run.",
 )
@@ -67,20 +67,24 @@ def by_class(row: dict[str, Any]) -> Iterator[str]:
         yield text if trains or not found else f"({text})"
 
 
+def gaps(runs: Runs, our_runs: Runs) -> list[float]:
+    """Points that a method is ahead of CAFF, seed by seed."""
+    return [accuracy(run) - accuracy(our_runs[seed]) for seed, run in runs.items() if seed in our_runs]
+
+
 def cells(row: dict[str, Any], runs: Runs, our_runs: Runs, target: float | None) -> Iterator[str]:
     """A line of a table."""
     classes, totals = row["classes"], row["totals"]
-    mine, ours = ({seed: accuracy(run) for seed, run in each.items()} for each in (runs, our_runs))
-    gaps = [mine[seed] - ours[seed] for seed in mine.keys() & ours.keys() if row["label"] != "caff"]
+    found = gaps(runs, our_runs) if row["label"] != "caff" else []
     peak = max(each["predicted"]["memory_bytes"] for each in classes if each["plan"]) / MIB
     yield from (row["label"], row["network"], "; ".join(each["plan"] or "nothing" for each in classes))
-    yield from (told([*mine.values()]), told(gaps, "+") if gaps else "")
+    yield from (told([*map(accuracy, runs.values())]), told(found, "+") if found else "")
     yield from by_class(row)
     yield from (f"{peak:.1f}", f"{totals['up_bytes'] / MIB:.1f}", f"{totals['flops'] / TERA:.1f}")
     if target:
         spent = row["to_target"]
         reached = spent["seeds"] if spent else []
-        yield f"{len(reached)} of {len(mine)}"
+        yield f"{len(reached)} of {len(runs)}"
         yield from (
             (f"{spent['round']:.0f}", f"{spent['up_bytes'] / MIB:.0f}", f"{spent['flops'] / TERA:.1f}")
             if spent
@@ -114,12 +118,6 @@ def page() -> str:
     return "\n\n".join([HEAD.rstrip(), *map(table, folders)]) + "\n"
 
 
-def gaps(folder: Path, row: dict[str, Any], ours: dict[str, Any]) -> list[float]:
-    """Points that a method is ahead of CAFF, seed by seed."""
-    mine, theirs = ({seed: accuracy(run) for seed, run in summaries(folder, each).items()} for each in (row, ours))
-    return [mine[seed] - theirs[seed] for seed in mine.keys() & theirs.keys()]
-
-
 def cell(folder: Path, rows: dict[str, Any], name: str, x: float, y: float) -> str:
     """A box for a method in a setting: how far it is from CAFF, or that it has no plan; nothing if it was not run."""
     called = [rows[label] for label in (name, f"{name}, restricted", f"{name}, drop") if label in rows]
@@ -127,8 +125,8 @@ def cell(folder: Path, rows: dict[str, Any], name: str, x: float, y: float) -> s
     if row is None:
         misfit = any(each["misfit"] for each in called)
         return marks.words(x + WIDE / 2, y + 15, "no plan", "soft", "middle") if misfit else ""
-    found = gaps(folder, row, rows["caff"])
-    mine = told([accuracy(run) for run in summaries(folder, row).values()])
+    runs = summaries(folder, row)
+    found, mine = gaps(runs, summaries(folder, rows["caff"])), told([*map(accuracy, runs.values())])
     tip = f"{row['label']}, {folder.name}: {mine} %, {told(found, '+')} from CAFF"
     if row is rows["caff"]:
         return marks.words(x + WIDE / 2, y + 15, mine.split(" ")[0] + " %", "", "middle")

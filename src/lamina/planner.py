@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from itertools import chain, combinations, takewhile
 from typing import Any, Literal
 
@@ -136,7 +136,7 @@ class Fleet:
     fits: Callable[[int, Plan], bool]
     mix: np.ndarray | None = None
 
-    @property
+    @cached_property
     def able(self) -> list[int]:
         """The classes of which devices take part."""
         return sorted({group for group in self.class_of if self.plans[group] is not None})

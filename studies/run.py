@@ -47,8 +47,13 @@ METHODS: dict[str, dict[str, Any]] = {
         )
     },
 }
-DEEP = {f"{name}, {blocks} blocks": (name, blocks) for name, blocks in (("caff", 6), ("caff", 12), ("lora-last-t", 12))}
+SHALLOW = [(name, 3) for name in ("heterofl", "fedrolex", "federated-dropout", "depthfl", "progfed", "slt")]
+ALONE = {
+    f"{name}, {blocks} blocks": (name, blocks)
+    for name, blocks in (("caff", 6), ("caff", 12), ("lora-last-t", 12), *SHALLOW)
+}
 """On one network alone, with the learning rate of the method."""
+DEEP = ["caff, 6 blocks", "caff, 12 blocks", "lora-last-t, 12 blocks"]
 DEPTHS = (3, 6, 9, 12)
 LAST = ["caff", "lora-last-t"]
 WITHIN = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop", "fjord")]
@@ -100,6 +105,8 @@ def of_equal_devices(task: str) -> dict[str, dict[str, Any]]:
         "one": one | {"labels": ["fedavg, no budgets", *WITHIN, *DEEP]},
         "six": {"fleet": one_class(f"{1.02 * six:.1f} MiB")} | larger,
         "nine": {"fleet": one_class(f"{1.02 * nine:.1f} MiB")} | larger,
+        # Of three blocks, methods that cut a network cut less
+        "half-three": half | {"labels": ["caff", *(label for label, (_, blocks) in ALONE.items() if blocks == 3)]},
         "fjord": half | {"labels": ["caff", "fjord"], "rates": "fjord-tuning"},
         "half-deep": half | deep,
         "one-deep": one | deep,
@@ -172,10 +179,10 @@ def warmed(table: dict[str, Any], out: Path) -> str:
 
 def entry(label: str, rates: dict[str, dict[str, float]], networks: list[str]) -> dict[str, Any]:
     """A row of the comparison, with its own learning rate once that is known."""
-    like, blocks = DEEP.get(label, (label, 0))
+    like, blocks = ALONE.get(label, (label, 0))
     made: dict[str, Any] = {"label": label} | METHODS[like]
     if blocks:
-        made["networks"] = [networks[0].replace("-3", f"-{blocks}")]
+        made["networks"] = [f"{networks[0].rpartition('-')[0]}-{blocks}"]
     if rates:
         made["local"] = rates["fedavg, no budgets" if like.startswith("fedavg") else like]
     return made

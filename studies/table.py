@@ -20,10 +20,15 @@ RECORDS = Path(__file__).parent.parent / "records" / "study"
 MIB, TERA = 2**20, 1e12
 Runs = dict[int, dict[str, Any]]  # by seed
 TASKS = {"shakespeare": "Shakespeare", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-SETTINGS = ("half", "head", "one", "half-deep", "exact", "exact-head", "uplink", "compute", "three-classes", "robust")
+SETTINGS = (
+    *("half", "head", "one", "six", "nine", "half-deep", "one-deep", "exact", "exact-head", "uplink", "compute"),
+    *("three-classes", "three-classes-iid", "eighths", "eighths-exact", "robust"),
+)
+BESIDE = {"half": "fjord"}
+"""Settings whose methods stand in the column of another, which has the same budgets and seeds."""
 ROWS = (
     *("caff", "caff, 12 blocks", "cocofl", "lora-last-t", "lora-last-t, 12 blocks", "lora", "hetlora", "adapters"),
-    *("fedra", "fedavg", "slt", "progfed", "depthfl", "fedhm", "federated-dropout", "fedrolex", "heterofl"),
+    *("fedra", "fedavg", "slt", "progfed", "depthfl", "fedhm", "federated-dropout", "fedrolex", "heterofl", "fjord"),
 )
 NOTES = (
     "Points of accuracy ahead of (blue) or behind (orange) CAFF, which takes the network of which it can train most "
@@ -31,7 +36,7 @@ NOTES = (
     "Bold: by more than a standard deviation of the differences over seeds, of which there is none with one seed. "
     "*: leaves devices out. Nothing: not run.",
 )
-WIDE, HIGH = 62.0, 22.0
+WIDE, HIGH, LEFT, TOP = 62.0, 22.0, 175.0, 64.0
 HEAD = """# Study: all tables
 
 Made by `python studies/table.py docs` from [records/study](../records/study); what they say is in
@@ -118,16 +123,16 @@ def page() -> str:
     return "\n\n".join([HEAD.rstrip(), *map(table, folders)]) + "\n"
 
 
-def cell(folder: Path, rows: dict[str, Any], name: str, x: float, y: float) -> str:
+def cell(rows: dict[str, Any], name: str, x: float, y: float) -> str:
     """A box for a method in a setting: how far it is from CAFF, or that it has no plan; nothing if it was not run."""
     called = [rows[label] for label in (name, f"{name}, restricted", f"{name}, drop") if label in rows]
     row = next((each for each in called if each["seeds"]), None)
     if row is None:
         misfit = any(each["misfit"] for each in called)
         return marks.words(x + WIDE / 2, y + 15, "no plan", "soft", "middle") if misfit else ""
-    runs = summaries(folder, row)
-    found, mine = gaps(runs, summaries(folder, rows["caff"])), told([*map(accuracy, runs.values())])
-    tip = f"{row['label']}, {folder.name}: {mine} %, {told(found, '+')} from CAFF"
+    runs, our_runs = (summaries(each["folder"], each) for each in (row, rows["caff"]))
+    found, mine = gaps(runs, our_runs), told([*map(accuracy, runs.values())])
+    tip = f"{row['label']}, {row['folder'].name}: {mine} %, {told(found, '+')} from CAFF"
     if row is rows["caff"]:
         return marks.words(x + WIDE / 2, y + 15, mine.split(" ")[0] + " %", "", "middle")
     gap, star = round(mean(found), 1), "*" if row["took_part"] < 1 else ""
@@ -138,36 +143,46 @@ def cell(folder: Path, rows: dict[str, Any], name: str, x: float, y: float) -> s
     return box + marks.words(x + WIDE / 2, y + 15, said + star, "own" if clear else "", "middle")
 
 
+def methods_of(folder: Path) -> dict[str, Any]:
+    """Label -> row of a comparison and its folder, none if it is not recorded."""
+    file = folder / "compare.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["methods"] if file.exists() else []
+    return {row["label"]: row | {"folder": folder} for row in rows}
+
+
+def block(task: str, y: float) -> tuple[list[str], float, float]:
+    """Methods x settings of a task from height `y` on; how wide and high that is."""
+    columns = {}
+    for setting in SETTINGS:
+        beside = methods_of(RECORDS / f"{task}-{BESIDE[setting]}") if setting in BESIDE else {}
+        if rows := methods_of(RECORDS / f"{task}-{setting}"):
+            columns[setting] = beside | rows
+    called = {label.split(", ")[0] for rows in columns.values() for label in rows}
+    names = [name for name in ROWS if name.split(", ")[0] in called]
+    parts = [marks.words(LEFT - 8, y + 16, TASKS[task], "own", "end")]
+    for k, name in enumerate(names):
+        parts.append(marks.words(LEFT - 8, y + TOP + k * HIGH + 15, name, "own" if name == "caff" else "", "end"))
+    for n, (setting, rows) in enumerate(columns.items()):
+        x = LEFT + n * WIDE
+        words = setting.replace("three-classes", "three classes").replace("-", " ").split(" ")
+        for line, word in enumerate(words):
+            parts.append(marks.words(x + WIDE / 2, y + 16 + 14 * (line + 3 - len(words)), word, "soft", "middle"))
+        for k, name in enumerate(names):
+            parts.append(cell(rows, name, x, y + TOP + k * HIGH))
+    return parts, LEFT + WIDE * len(columns), TOP + HIGH * len(names)
+
+
 def overview() -> str:
     """Methods x settings: points ahead of or behind CAFF by the rule of the paper."""
-    folders = [RECORDS / f"{task}-{setting}" for task in TASKS for setting in SETTINGS]
-    folders = [folder for folder in folders if (folder / "compare.json").exists()]
-    compared = {
-        folder: {
-            row["label"]: row for row in json.loads((folder / "compare.json").read_text(encoding="utf-8"))["methods"]
-        }
-        for folder in folders
-    }
-    left, top = 175.0, 64.0
-    parts = []
-    for n, (folder, rows) in enumerate(compared.items()):
-        x = left + n * WIDE
-        task, _, setting = folder.name.partition("-")
-        if n == 0 or not folders[n - 1].name.startswith(f"{task}-"):
-            parts.append(marks.words(x + 2, 16, TASKS[task], "own"))
-            parts.append(marks.tag("line", x1=x, x2=x, y1=4, y2=top + HIGH * len(ROWS), class_="axis"))
-        for line, word in enumerate(setting.split("-", 1)):
-            parts.append(marks.words(x + WIDE / 2, 38 + 14 * line, word, "soft", "middle"))
-        for k, name in enumerate(ROWS):
-            parts.append(cell(folder, rows, name, x, top + k * HIGH))
-    for k, name in enumerate(ROWS):
-        parts.append(marks.words(left - 8, top + k * HIGH + 15, name, "own" if name == "caff" else "", "end"))
-    bottom = top + HIGH * len(ROWS)
+    parts, width, y = [], 0.0, 0.0
+    for task in TASKS:
+        drawn, wide, high = block(task, y)
+        parts += drawn
+        width, y = max(width, wide), y + high + 16
     for k, line in enumerate(NOTES):
-        parts.append(marks.words(8, bottom + 22 + 16 * k, line, "soft"))
-    size = left + WIDE * len(folders) + 8, bottom + 22 + 16 * len(NOTES)
+        parts.append(marks.words(8, y + 16 + 16 * k, line, "soft"))
     title = "How far each method is from CAFF"
-    return Chart("study", title, "", marks.drawing(*size, title, *parts)).file()
+    return Chart("study", title, "", marks.drawing(width + 8, y + 16 + 16 * len(NOTES), title, *parts)).file()
 
 
 def main() -> None:

@@ -118,6 +118,9 @@ def of_equal_devices(task: str) -> dict[str, dict[str, Any]]:
         # learning rate of its own for the head
         "warm": half | {"labels": LAST, "grid": GRID},
         "head": half | {"labels": WITHIN, "rates": "head-tuning"},
+        "one-head": one
+        | deep
+        | {"labels": [*LAST, "cocofl", "slt", "hetlora", "adapters", "fedavg, restricted"], "rates": "head-tuning"},
         "exact-head": half
         | {"levers": "exact", "labels": [*LAST, "caff, 12 blocks", "lora-last-t, 12 blocks"], "rates": "head-tuning"},
     }

@@ -56,6 +56,8 @@ ALONE = {
 DEEP = ["caff, 6 blocks", "caff, 12 blocks", "lora-last-t, 12 blocks"]
 DEPTHS = (3, 6, 9, 12)
 LAST = ["caff", "lora-last-t"]
+NEAR = [*LAST, "cocofl", "slt", "hetlora", "adapters"]
+"""Those whose distance from CAFF on images a learning rate of its own for the head may change."""
 WITHIN = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop", "fjord")]
 TUNED = [label for label in METHODS if label not in ("fedavg, restricted", "fedavg, drop", "fjord")]
 
@@ -85,7 +87,7 @@ def of_tuning(task: str) -> dict[str, dict[str, Any]]:
     tuning = {"seeds": [100], "rounds": 6, "validation": 0.2, "fleet": fleet}
     return {
         "tuning": tuning | {"labels": TUNED, "grid": GRID},
-        "head-tuning": tuning | {"labels": TUNED, "grid": HEAD_GRID},
+        "head-tuning": tuning | {"labels": [*NEAR, "fedavg, no budgets"], "grid": HEAD_GRID},
         "fjord-tuning": tuning | {"labels": ["fjord"], "grid": GRID},
     }
 
@@ -117,10 +119,8 @@ def of_equal_devices(task: str) -> dict[str, dict[str, Any]]:
         # Whether a head that is new decides between methods: from a network whose head was trained before, and with a
         # learning rate of its own for the head
         "warm": half | {"labels": LAST, "grid": GRID},
-        "head": half | {"labels": WITHIN, "rates": "head-tuning"},
-        "one-head": one
-        | deep
-        | {"labels": [*LAST, "cocofl", "slt", "hetlora", "adapters", "fedavg, restricted"], "rates": "head-tuning"},
+        "head": half | {"labels": NEAR, "rates": "head-tuning"},
+        "one-head": one | deep | {"labels": [*NEAR, "fedavg, restricted"], "rates": "head-tuning"},
         "exact-head": half
         | {"levers": "exact", "labels": [*LAST, "caff, 12 blocks", "lora-last-t, 12 blocks"], "rates": "head-tuning"},
     }

@@ -114,10 +114,12 @@ def test_the_whole_of_it(table: Table, tmp_path: Path, lamina: Call) -> None:
     assert (said["schema"], said["name"], said["seeds"]) == ("lamina.compare/1", "tiny", [3, 1])
     caff, full, lora = said["methods"]
     assert (lora["label"], lora["seeds"]) == ("lora", []) and "fits no plan of tiny-3" in lora["misfit"]
-    folders = sorted((out / "tiny").glob("caff-*-*/summary.json"))
+    folders = sorted((out / "tiny").glob("caff-*-*/summary.json"), reverse=True)  # by seed as in the file: 3, 1
     results = [json.loads(path.read_text()) for path in folders]
     means = [each["accuracy"]["after"]["mean_over_devices"] for each in results]
-    assert caff["accuracy"]["after"]["mean_over_devices"] == pytest.approx({"mean": fmean(means), "std": stdev(means)})
+    assert caff["accuracy"]["after"]["mean_over_devices"] == {
+        **{"mean": pytest.approx(fmean(means)), "std": pytest.approx(stdev(means)), "values": means}
+    }
     assert caff["totals"]["up_bytes"] == fmean(each["totals"]["up_bytes"] for each in results)
     assert (caff["took_part"], full["took_part"]) == (1.0, 0.5)
     assert [each["plan"] for each in caff["classes"]] == ["all 3", "last 1 of 3"]
@@ -125,7 +127,12 @@ def test_the_whole_of_it(table: Table, tmp_path: Path, lamina: Call) -> None:
     weak = [each["classes"][1]["accuracy"]["after"]["mean_over_devices"] for each in results]
     assert caff["classes"][1]["accuracy"]["mean"] == pytest.approx(fmean(weak))
     worst = [min(row["accuracy"]["after"]["mean_over_devices"] for row in each["classes"]) for each in results]
-    assert caff["worst_class"] == pytest.approx({"mean": fmean(worst), "std": stdev(worst)})
+    assert caff["worst_class"] == {
+        **{"mean": pytest.approx(fmean(worst)), "std": pytest.approx(stdev(worst)), "values": worst}
+    }
+    assert said["settings"]["local.steps"] and said["settings"]["task.name"] == "shakespeare"
+    assert caff["settings"]["method.name"] == "caff" and lora["settings"]["method.rank"] == 64
+    assert not set(said["settings"]) & ({"seed", "name", "workers", "track"} | set(caff["settings"]))
     code, text, _ = lamina("compare", file, "--out", out)
     assert code == 0 and text.count("done before") == 4
     assert "caff" in text and "lora does not fit: class 'strong' fits no plan" in text

@@ -84,7 +84,7 @@ def test_the_comparison_that_the_readme_shows_is_the_recorded_one(capsys: pytest
     """`lamina compare examples/compare.toml` made the record; its tables are drawn anew here."""
     collected = json.loads((ROOT / "records" / "compare" / "compare.json").read_text(encoding="utf-8"))
     shown = re.findall(r"```\n\$ lamina compare examples/compare\.toml\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    for table in tables.comparison(collected):
+    for table in tables.comparison(collected, wide=False):
         View().table(table)
     printed = capsys.readouterr().out.splitlines()
     (lines,) = ([line.rstrip() for line in block.splitlines() if line.strip() not in ("", "...")] for block in shown)

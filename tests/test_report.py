@@ -110,16 +110,17 @@ def folder(summary: Table, tmp_path: Path) -> Path:
 
 def method(label: str, accuracy: list[float], used: int, up: float = 1.0, worst: float = 0.1, **more: Any) -> Table:
     mean, std = fmean(accuracy), stdev(accuracy) if len(accuracy) > 1 else None
-    after = {"mean": mean, "std": std}
+    after = {"mean": mean, "std": std, "values": accuracy}
     first = device_class("big", used, 50 * MIB) | {"accuracy": after}
     second = device_class("small", used, None) | {"accuracy": after}
     return {
-        **{"label": label, "method": "caff", "seeds": list(range(len(accuracy))), "misfit": None, "network": "n-2"},
+        **{"label": label, "settings": {"method.name": "caff", "local.lr": used / MIB}, "method": "caff"},
+        **{"seeds": list(range(len(accuracy))), "misfit": None, "network": "n-2"},
         "accuracy": {
             "before": {kind: {"mean": 0.2, "std": 0.0} for kind in charts.KINDS},
             "after": dict.fromkeys(charts.KINDS, after),
         },
-        "worst_class": {"mean": worst, "std": 0.01},
+        "worst_class": {"mean": worst, "std": 0.01, "values": [worst + 0.01 * i for i in range(len(accuracy))]},
         "took_part": 1.0,
         "totals": {"rounds": 3, "up_bytes": up * MIB, "down_bytes": 1.0, "flops": 1e9, "clock_seconds": 0},
         "classes": [first, second],
@@ -134,9 +135,10 @@ def collected() -> Table:
         method("level", [0.5, 0.5], 20 * MIB, up=5.0, worst=0.2, took_part=0.5),
         method("free", [0.6, 0.6], 60 * MIB),
         method("poor", [0.3, 0.3], 30 * MIB),
-        {"label": NASTY, "seeds": [], "misfit": f"class {NASTY} fits no plan"},
+        {"label": NASTY, "settings": {"method.name": NASTY}, "seeds": [], "misfit": f"class {NASTY} fits no plan"},
     ]
-    return {"schema": "lamina.compare/1", "name": "made", "seeds": [0, 1], "methods": methods}
+    settings = {"task.name": "noise", "cohort": 5, "rounds": 3, "local.batch_size": 8}
+    return {"schema": "lamina.compare/1", "name": "made", "seeds": [0, 1], "settings": settings, "methods": methods}
 
 
 @pytest.fixture
@@ -226,7 +228,7 @@ def test_the_page_of_a_run(folder: Path) -> None:
         "caff on n-2 fits 2 of 3 device classes. Accuracy went from 20.0% to 60.0% (+40.0 points, mean over devices) "
         "in 3 rounds, for 6.0 MiB sent and 4.0 GFLOP computed by the devices; 4 of 12 devices sat out." in page.text
     )
-    assert "small4 devicesthe cheapest plan needs more than the budget: memory 30.0 / 10.0 MiB" in page.text
+    assert "small4 devicesthe cheapest plan needs 30.0 MiB of memory (there are 10.0 MiB)" in page.text
     assert "big1 updatenot counted: late" in page.text
     for name in ("prefers-color-scheme: dark", "@media print"):
         assert name in (folder / "report.html").read_text()
@@ -322,7 +324,7 @@ def test_the_page_of_a_comparison(collected: Table, summary: Table, tmp_path: Pa
     collected["methods"][0]["runs"] = ["good-0", "good-1", "gone"]
     (tmp_path / "compare.json").write_text(json.dumps(collected))
     page, found = alone(write(tmp_path).read_text(encoding="utf-8")), read(tmp_path).charts()
-    assert sum(tag == "svg" for tag, _ in page.seen) == len(found) == 8
+    assert sum(tag == "svg" for tag, _ in page.seen) == len(found) == 9
     assert NASTY in page.text and f"class {NASTY} fits no plan" in page.text
     curve = points(named(found, "learning-round"))
     assert along(named(found, "learning-round"), [20, 35, 35, 35], [y for _, y, _ in curve], "y")
@@ -336,7 +338,7 @@ def test_the_ranking(collected: Table) -> None:
     chart = contrast.ranking(collected["methods"])
     assert along(chart, [60, 52, 50, 30], [x for x, _, _ in points(chart)], "x")
     assert [text for *_, text in points(chart)] == [
-        *("free: 60.0±0.0%, beyond the budgets", "good: 52.0±2.8%", "level: 50.0±0.0%, 50% of devices took part"),
+        *("free: 60.0±0.0%, beyond the budgets", "good: 52.0±2.8%", "level: 50.0±0.0%, 50% left out"),
         "poor: 30.0±0.0%",
     ]
     names = [each.text for each in tree(chart).iter("text") if "own" in each.get("class", "")]
@@ -344,7 +346,7 @@ def test_the_ranking(collected: Table) -> None:
 
 
 def test_the_front_keeps_the_budgets(collected: Table) -> None:
-    memory, sent, _ = contrast.tradeoffs(collected["methods"])
+    memory, sent, received, _ = contrast.tradeoffs(collected["methods"])
     assert [text for *_, text in points(memory, "on the front")] == [
         "good: 52.0%, 40.0 MiB (on the front)",
         "level: 50.0%, 20.0 MiB (on the front)",
@@ -354,27 +356,68 @@ def test_the_front_keeps_the_budgets(collected: Table) -> None:
     assert [text.split(":")[0] for *_, text in points(sent, "on the front")] == ["good", "poor"]
     hollow = [each[0].text for each in tree(sent).iter("circle") if "hollow" in each.get("class", "")]
     assert hollow == ["free: 60.0%, 1.0 MiB"]
+    assert "level*" in {each.text for each in tree(received).iter("text")}
     assert contrast.front([(1, 0.5), (1, 0.6), (2, 0.6), (3, 0.7), (0.5, 0.1)]) == [4, 1, 3]
 
 
 def test_the_answer_of_a_comparison(collected: Table) -> None:
-    assert answers.of_comparison(collected) == (
-        "good is the most accurate within the budgets: 52.0±2.8%, from 20.0% before (mean ± standard deviation over 2 "
-        "seeds). Level with it, within the larger standard deviation of the two: level. The class that is worst off "
-        "has most with level: 20.0±1.0% (good: 10.0±1.0%). Beyond the budgets: free "
-        f"60.0±0.0%. Leave devices out: level (50%). Have no plan within the budgets: {NASTY}."
-    )
+    assert answers.of_comparison(collected) == [
+        "good on n-2 is the most accurate within the budgets: 52.0±2.8%, from 20.0% before (mean ± standard deviation "
+        "over 2 seeds). Level with that, within a standard deviation of the differences over seeds: level (-2.0±2.8). "
+        "Behind: poor (-22.0±2.8 points).",
+        "It takes a device up to 40.0 MiB; in all, devices send 4.0 MiB, receive 0.0 KiB and compute 1.0 GFLOP.",
+        "The class that is worst off has most with level: 20.0±1.0%. Next: good (-10.0±0.0 points).",
+        "Beyond the budgets: free 60.0±0.0%.",
+        "Leave devices out: level (50%).",
+        f"Have no plan within the budgets: {NASTY}.",
+    ]
     rows = {row["label"]: row for row in collected["methods"]}
     many = [rows["level"] | {"label": f"half {i}"} for i in range(7)]
-    said = answers.of_comparison(collected | {"methods": [*many, rows["poor"]]})
-    assert said.startswith(
-        "half 0, though it leaves out 50% of the devices, is the most accurate within the budgets: 50.0"
+    first, *rest = answers.of_comparison(collected | {"methods": [*many, rows["poor"]]})
+    assert first.startswith(
+        "half 0 on n-2, though it leaves out 50% of the devices, is the most accurate within the budgets: 50.0"
     )
-    assert "Of those that leave no device out, poor is: 30.0±0.0%. Level with it" in said
-    assert "Leave devices out: half 1 (50%), half 2 (50%), half 3 (50%), half 4 (50%), and 2 more." in said
+    assert "Of those that leave no device out, poor is: 30.0±0.0%. Level with that" in first
+    assert "Leave devices out: half 1 (50%), half 2 (50%), half 3 (50%), half 4 (50%), and 2 more." in rest
     nothing = collected | {"methods": collected["methods"][-1:]}
-    assert answers.of_comparison(nothing) == "No method has run within the budgets."
+    assert answers.of_comparison(nothing) == ["No method has run within the budgets."]
     assert contrast.of_comparison(nothing, {}) == []
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have(collected: Table) -> None:
+    """Seeds differ more than methods do here: seed by seed the second is behind, though the means are close."""
+    rows = {row["label"]: row for row in collected["methods"]}
+    ours, theirs = method("ours", [0.3, 0.5, 0.7], MIB), method("theirs", [0.28, 0.48, 0.68], MIB)
+    (first, *_) = answers.of_comparison(collected | {"methods": [ours, theirs]})
+    assert "Level" not in first and first.endswith("Next: theirs (-2.0±0.0 points).")
+    (first, *_) = answers.of_comparison(collected | {"methods": [ours, method("theirs", [0.28], MIB)]})
+    assert first.endswith("Next: theirs (-2.0 points).")
+    apart = method("apart", [0.1], MIB) | {"seeds": [7]}
+    (first, *_) = answers.of_comparison(collected | {"methods": [ours, apart]})
+    assert "apart" not in first
+    assert (
+        "one seed: differences may be chance"
+        in answers.of_comparison(collected | {"methods": [method("alone", [0.3], MIB), rows[NASTY]]})[0]
+    )
+
+
+def test_what_each_method_is(collected: Table) -> None:
+    found = answers.differences(collected)
+    assert found and found.rows[0] == ("good", "training of the first blocks", "arXiv 2411.07826", "local.lr = 40.0")
+    assert found.rows[-1] == (NASTY, "", "", "")
+
+
+def test_an_older_comparison_has_a_page(collected: Table, tmp_path: Path) -> None:
+    """Before there were settings and values of each seed in it."""
+    del collected["settings"]
+    for row in collected["methods"]:
+        del row["settings"]
+        if row["seeds"]:
+            del row["accuracy"]["after"]["mean_over_devices"]["values"], row["worst_class"]["values"]
+    (tmp_path / "compare.json").write_text(json.dumps(collected))
+    page = alone(write(tmp_path).read_text(encoding="utf-8"))
+    assert "good on n-2 is the most accurate within the budgets: 52.0±2.8%" in page.text
+    assert "Level" not in page.text and "Settings" not in page.text
 
 
 def test_fairness_has_a_panel_per_class(collected: Table) -> None:
@@ -397,9 +440,11 @@ def test_fairness_has_a_panel_per_class(collected: Table) -> None:
 
 
 def test_the_setting_of_a_comparison(collected: Table) -> None:
-    said = answers.setting(collected)
-    assert said == "4 devices of class big (memory 50.0 MiB each), 4 devices of class small (no budget); 3 rounds."
-    assert answers.setting(collected | {"methods": collected["methods"][-1:]}) == ""
+    assert answers.setting(collected) == [
+        "4 devices of class big (memory 50.0 MiB each), 4 devices of class small (no budget).",
+        "3 rounds, task noise, devices in a round 5, batches of 8.",
+    ]
+    assert answers.setting(collected | {"methods": collected["methods"][-1:]}) == []
 
 
 @pytest.mark.skipif(not (os.environ.get("CHROMIUM") or shutil.which("chromium")), reason="needs chromium")

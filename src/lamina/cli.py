@@ -163,7 +163,7 @@ def compare(
     if as_json:
         _print_json(collected)
         return
-    for table in tables.comparison(collected):
+    for table in tables.comparison(collected, wide=False):
         view.table(table)
     for label, reason in misfits.items():
         view.say(f"{label} does not fit: {reason}")

@@ -23,6 +23,8 @@ from lamina.report import charts
 from lamina.run import Run, resume, start
 
 SCHEMA = "lamina.compare/1"
+_ASIDE = ("name", "seed", "workers", "track")
+"""Settings that are of a run, or change no result."""
 _OF_CLASS = ("name", "devices", "plan", "levers", "trained_blocks", "predicted", "budget", "best_memory_bytes")
 
 
@@ -81,17 +83,21 @@ def collect(comparison: Comparison, found: Sequence[Cell], misfits: Mapping[str,
         misfits: Label -> why the method cannot run on this fleet at all.
     """
     rows: list[dict[str, Any]] = []
+    shared, own = _settings(comparison)
     for label, _ in comparison.experiments:
         mine = [cell for cell in found if cell.label == label]
         done = {cell.experiment.seed: result for cell in mine if (result := cell.result())}
         if not done:
-            rows.append({"label": label, "seeds": [], "misfit": misfits.get(label)})
+            rows.append({"label": label, "settings": own[label], "seeds": [], "misfit": misfits.get(label)})
             continue
         runs = [cell for cell in mine if cell.experiment.seed in done]
         to_target = _to_target(runs, comparison.target) if comparison.target else None
-        rows.append(_row(label, done) | {"to_target": to_target, "runs": [cell.folder.name for cell in runs]})
+        rows.append(
+            {"label": label, "settings": own[label], **_row(done)}
+            | {"to_target": to_target, "runs": [cell.folder.name for cell in runs]}
+        )
     head = {"schema": SCHEMA, "name": comparison.name, "seeds": list(comparison.seeds), "target": comparison.target}
-    return head | {"methods": rows}
+    return head | {"settings": shared, "methods": rows}
 
 
 def save(folder: Path, collected: Mapping[str, Any]) -> None:
@@ -114,13 +120,33 @@ def run_cell(cell: Cell, misfits: dict[str, str], play: Callable[[Run], None]) -
         play(current)
 
 
-def _row(label: str, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def _settings(comparison: Comparison) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What all methods set alike, and of each label the rest, by keys as `--set` has them."""
+    found = {label: dict(_leaves(experiment.to_table())) for label, experiment in comparison.experiments}
+    first = next(iter(found.values()))
+    alike = {key for key in first if all(key in each and each[key] == first[key] for each in found.values())}
+    shared = {key: value for key, value in first.items() if key in alike and key not in _ASIDE}
+    return shared, {
+        label: {key: value for key, value in each.items() if key not in alike and key not in _ASIDE}
+        for label, each in found.items()
+    }
+
+
+def _leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of all that is set in nested tables."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        elif value is not None:
+            yield f"{above}{key}", value
+
+
+def _row(done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """Means over the seeds; plans and prices are those of the first."""
     results = list(done.values())
     first = results[0]
     devices = sum(each["devices"] for each in first["classes"])
     return {
-        "label": label,
         "method": first["method"],
         "seeds": list(done),
         "misfit": None,
@@ -157,7 +183,7 @@ def _of_class(results: Sequence[dict[str, Any]], index: int) -> dict[str, Any] |
     return _spread(kept) if kept else None
 
 
-def _worst(results: Sequence[dict[str, Any]]) -> dict[str, float | None] | None:
+def _worst(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Accuracy after the run of the class that is worst off, seed by seed; None where one class or none was tested."""
     found = [
         [row["accuracy"]["after"]["mean_over_devices"] for row in each["classes"] if row["accuracy"]]
@@ -166,6 +192,6 @@ def _worst(results: Sequence[dict[str, Any]]) -> dict[str, float | None] | None:
     return _spread([min(each) for each in found]) if all(len(each) > 1 for each in found) else None
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, and the standard deviation over seeds where there are two or more."""
-    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, the standard deviation over seeds where there are two or more, and the value of each."""
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": list(values)}

@@ -254,12 +254,17 @@ def of_summary(summary: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def comparison(collected: Mapping[str, Any]) -> list[Table]:
-    """The result and the cost of each method, and what each class held and trained for it."""
+def comparison(collected: Mapping[str, Any], wide: bool = True) -> list[Table]:
+    """The result and the cost of each method, and what each class held and trained for it.
+
+    Args:
+        collected: What compare.json holds.
+        wide: With the class that is worst off, for which a terminal has no room.
+    """
     done = [row for row in collected["methods"] if row["seeds"]]
     done.sort(key=lambda row: -row["accuracy"]["after"]["mean_over_devices"]["mean"])
     seeds = len(collected["seeds"])
-    results = _results(done, [row for row in collected["methods"] if not row["seeds"]])
+    results = _results(done, [row for row in collected["methods"] if not row["seeds"]], wide)
     return [
         replace(results, title=f"Accuracy in % and cost, {seeds} seed{'s' * (seeds != 1)} ({results.title})"),
         *([_race(done, collected["target"])] if done and collected.get("target") else []),
@@ -274,39 +279,40 @@ def by_class(row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any] | None
     return [*found, *worst] if len(found) > 1 else []
 
 
-def _results(done: Sequence[Mapping[str, Any]], rest: Sequence[Mapping[str, Any]]) -> Table:
+def _results(done: Sequence[Mapping[str, Any]], rest: Sequence[Mapping[str, Any]], wide: bool) -> Table:
     """Accuracies and totals, the best first, then what did not run; the title says what the columns are."""
-    names = [each["name"] for each in done[0]["classes"]] if done and len(done[0]["classes"]) > 1 else []
+    names = [name for name, *_ in by_class(done[0]) if wide or name != WORST] if done else []
     timed = any(row["totals"].get("clock_seconds") for row in done)
-    lines = []
+    lines, most = [], max((row["totals"]["flops"] for row in done), default=0.0)
     for row in done:
+        accuracies = [percent(found) if found else "" for name, found, _ in by_class(row) if name in names]
         after, totals = row["accuracy"]["after"], row["totals"]
         lines.append(
             (
                 row["label"],
                 percent(after["mean_over_devices"]),
                 percent(after["p10"]),
-                *(percent(each["accuracy"]) if each["accuracy"] else "" for each in row["classes"] if names),
+                *accuracies,
                 f"{row['took_part']:.0%}",
                 human("bytes", *(round(totals[key]) for key in ("up_bytes", "down_bytes"))),
-                human("flops", round(totals["flops"])),
+                human("flops", totals["flops"], among=most),
                 *([duration(totals["clock_seconds"])] if timed else []),
             )
         )
     head = ("method", "mean", "p10", *names, "part", "up / down", "FLOPs", *(["time"] if timed else []))
     for row in rest:
         lines.append((row["label"], "does not fit" if row["misfit"] else "not run", *[""] * (len(head) - 2)))
-    return Table("mean±std; p10: nine in ten devices have more; part: devices that took part", head, lines)
+    return Table("mean±std; p10: nine in ten devices have more; part: devices with a plan", head, lines)
 
 
 def _held(done: Sequence[Mapping[str, Any]]) -> Table:
     """What each class held and trained, method by method."""
-    lines = []
+    lines, most = [], max((each["predicted"]["down_bytes"] for row in done for each in row["classes"]), default=0)
     for row in done:
         for i, each in enumerate(row["classes"]):
             used, there = each["predicted"], each["plan"] is not None
             named = (row["label"], row["network"]) if not i else ("", "")
-            held = human("bytes", used["down_bytes"]) if there else ""
+            held = human("bytes", used["down_bytes"], among=most) if there else ""
             memory = human("memory_bytes", used["memory_bytes"], each["budget"]["memory_bytes"])
             plan = each["plan"] or "does not fit"
             lines.append((*named, each["name"], plan, ", ".join(each["levers"]), held, memory))
@@ -332,10 +338,9 @@ def _race(done: Sequence[Mapping[str, Any]], target: float) -> Table:
     return Table(f"Until {target:.1%} are reached (mean over the seeds that do)", head, lines)
 
 
-def percent(found: Mapping[str, float | None]) -> str:
-    """A share as mean and, over several seeds, standard deviation: "56.2±0.2"."""
-    assert found["mean"] is not None
-    return f"{100 * found['mean']:.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
+def percent(found: Mapping[str, Any], sign: str = "") -> str:
+    """A share, or with sign "+" a difference, as mean and, over several seeds, standard deviation: "56.2±0.2"."""
+    return f"{100 * found['mean']:{sign}.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
 
 
 def contest(result: Mapping[str, Any]) -> Table:

@@ -15,11 +15,19 @@ def unit(resource: str, value: float) -> tuple[str, float]:
     return next((each for each in scale if value >= each[1]), scale[-1])
 
 
-def human(resource: str, value: float, limit: float | None = None, up: bool = False) -> str:
-    """For people: "61.0 MiB", with a limit "61.0 / 64.0 MiB"; in FLOP where the resource is not bytes."""
+def human(resource: str, value: float, limit: float | None = None, up: bool = False, among: float = 0.0) -> str:
+    """For people: "61.0 MiB", with a limit "61.0 / 64.0 MiB"; in FLOP where the resource is not bytes.
+
+    Args:
+        resource: Kind of the value, by the end of its name.
+        value: What is told.
+        limit: Of the value.
+        up: Round up.
+        among: The largest of a column, whose unit is taken where it would not show a zero.
+    """
     if limit and not 0.01 <= value / limit <= 100:  # one unit would show a zero
         return f"{human(resource, value)} / {human(resource, limit)}"
-    name, size = unit(resource, max(value, limit or 0))
+    name, size = unit(resource, max(value, limit or 0, among if value >= 0.01 * among else 0))
     used = f"{math.ceil(10 * value / size) / 10 if up else value / size:.1f}"
     return f"{used} {name}" if limit is None else f"{used} / {limit / size:.1f} {name}"
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from lamina.fleet import RESOURCES
+from lamina.methods import METHODS
+from lamina.methods.about import written
 from lamina.report.charts import Tally
 from lamina.report.contrast import mean_accuracy, over_budget, score
 from lamina.table import Table
@@ -37,36 +40,28 @@ def of_run(summary: Row) -> str:
     )
 
 
-def of_comparison(collected: Row) -> str:
-    """Who won within the budgets, who is level, who left devices out, and who could not run."""
+def of_comparison(collected: Row) -> list[str]:
+    """Who won within the budgets and who is level; then at what cost, who left devices out, and who could not run."""
     done = sorted((row for row in collected["methods"] if row["seeds"]), key=lambda row: -mean_accuracy(row)[0])
     fair = [row for row in done if not over_budget(row)]
     if not fair:
-        return "No method has run within the budgets."
+        return ["No method has run within the budgets."]
     best, seeds = fair[0], len(fair[0]["seeds"])
-    mean, std = mean_accuracy(best)
-    level = [row for row in fair[1:] if mean - mean_accuracy(row)[0] <= max(std, mean_accuracy(row)[1])]
-    said = [
-        f"{best['label']}{_alone(best)} is the most accurate within the budgets: {score(best)}, from "
-        f"{best['accuracy']['before']['mean_over_devices']['mean']:.1%} before"
-        + (
-            f" (mean ± standard deviation over {seeds} seeds)."
-            if seeds > 1
-            else " (one seed: differences may be chance)."
-        )
-    ]
+    told = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed: differences may be chance"
+    before = best["accuracy"]["before"]["mean_over_devices"]["mean"]
+    first = (
+        f"{_names([best])} on {best['network']}{_alone(best)} is the most accurate within the budgets: {score(best)}, "
+        f"from {before:.1%} before ({told})."
+    )
     whole = [row for row in fair if row["took_part"] == 1]
     if best["took_part"] < 1 and whole:
-        said.append(f"Of those that leave no device out, {whole[0]['label']} is: {score(whole[0])}.")
-    if level:
-        said.append(f"Level with it, within the larger standard deviation of the two: {_names(level)}.")
+        first += f" Of those that leave no device out, {_names(whole[:1])} is: {score(whole[0])}."
+    said = [" ".join([first, *_others(fair, _after)]), _cost(best)]
     if known := [row for row in fair if row.get("worst_class")]:
-        fairest = max(known, key=lambda row: row["worst_class"]["mean"])
-        beside = f" ({best['label']}: {percent(best['worst_class'])}%)" if fairest is not best else ""
-        said.append(
-            "The class that is worst off has most with "
-            f"{_names([fairest])}: {percent(fairest['worst_class'])}%{beside}."
-        )
+        known.sort(key=lambda row: -row["worst_class"]["mean"])
+        most = f"{_names(known[:1])}: {percent(known[0]['worst_class'])}%."
+        rest = _others(known, lambda row: row["worst_class"])
+        said.append(" ".join([f"The class that is worst off has most with {most}", *rest]))
     if free := [row for row in done if over_budget(row)]:
         scores = (f"{row['label']} {score(row)}" for row in free)
         said.append(f"Beyond the budgets: {_listed(scores)}.")
@@ -75,15 +70,53 @@ def of_comparison(collected: Row) -> str:
         said.append(f"Leave devices out: {_listed(parts)}.")
     if misfits := [row for row in collected["methods"] if row.get("misfit")]:
         said.append(f"Have no plan within the budgets: {_names(misfits)}.")
-    return " ".join(said)
+    return said
 
 
-def setting(collected: Row) -> str:
-    """What devices there were, with which budgets, for how long."""
+def _cost(row: Row) -> str:
+    peak = max(each["predicted"]["memory_bytes"] for each in row["classes"] if each["plan"])
+    up, down, flops = (human(key, row["totals"][key]) for key in ("up_bytes", "down_bytes", "flops"))
+    return (
+        f"It takes a device up to {human('memory_bytes', peak)}; in all, devices send {up}, receive {down} and compute "
+        f"{flops}."
+    )
+
+
+def _after(row: Row) -> Row:
+    found: Row = row["accuracy"]["after"]["mean_over_devices"]
+    return found
+
+
+def _others(rows: Sequence[Row], found: Callable[[Row], Row]) -> Iterator[str]:
+    """Who is level with the first of `rows`, and who is the next: by differences on the seeds that both have."""
+    first, *rest = rows
+    gaps = [(row, gap) for row in rest if (gap := _gap(row, first, found))]
+    level = [(row, gap) for row, gap in gaps if -fmean(gap) <= (stdev(gap) if len(gap) > 1 else 0)]
+    if level:
+        words = [f"{_names([row])} ({_points(gap)})" for row, gap in level]
+        yield f"Level with that, within a standard deviation of the differences over seeds: {_listed(words)}."
+    if behind := next(((row, gap) for row, gap in gaps if (row, gap) not in level), None):
+        yield f"{'Next' if not level else 'Behind'}: {_names(behind[:1])} ({_points(behind[1])} points)."
+
+
+def _gap(row: Row, other: Row, found: Callable[[Row], Row]) -> list[float]:
+    """Accuracy of `row` less that of `other`, on each seed that both have; none where an older file has but means."""
+    if not all("values" in found(each) for each in (row, other)):
+        return []
+    mine, its = (dict(zip(each["seeds"], found(each)["values"], strict=True)) for each in (row, other))
+    return [mine[seed] - its[seed] for seed in mine if seed in its]
+
+
+def _points(gap: Sequence[float]) -> str:
+    return percent({"mean": fmean(gap), "std": stdev(gap) if len(gap) > 1 else None}, "+")
+
+
+def setting(collected: Row) -> list[str]:
+    """What devices there were, with which budgets; what was learned by whom, for how long."""
     row = next((row for row in collected["methods"] if row["seeds"]), None)
     if row is None:
-        return ""
-    fleet = []
+        return []
+    alike, fleet = collected.get("settings", {}), []
     for each in row["classes"]:
         budget = each["budget"]
         limits = [f"{name} {human(key, budget[key])}" for key, name in RESOURCES.items() if budget[key]]
@@ -92,7 +125,15 @@ def setting(collected: Row) -> str:
         )
         said = f"{', '.join(limits)} each" if limits else "no budget"
         fleet.append(f"{_count(each['devices'], 'device')} of class {each['name']} ({said})")
-    return f"{', '.join(fleet)}; {_count(round(row['totals']['rounds']), 'round')}."
+    told = {"task": "task.name", "split": "task.split", "devices in a round": "cohort", "local steps": "local.steps"}
+    told |= {
+        "batches of": "local.batch_size",
+        "optimizer": "local.optimizer",
+        "lr": "local.lr",
+        "devices tested": "eval_devices",
+    }
+    shared = [f"{name} {alike[key]}" for name, key in told.items() if alike.get(key)]
+    return [f"{', '.join(fleet)}.", f"{', '.join([_count(round(row['totals']['rounds']), 'round'), *shared])}."]
 
 
 def _alone(row: Row) -> str:
@@ -119,7 +160,7 @@ def left_out(summary: Row, tally: Tally) -> Table | None:
         (
             row["name"],
             _count(row["sat_out"], "device"),
-            f"the cheapest plan needs more than the budget: {_lacking(row)}",
+            f"the cheapest plan needs {_lacking(row)}",
         )
         for row in summary["classes"]
         if row["sat_out"]
@@ -144,7 +185,25 @@ def misfits(collected: Row) -> Table | None:
 
 
 def _lacking(row: Row) -> str:
-    """What a price has more of than the budget: "memory 22.3 / 6.1 MiB"."""
+    """What a price has more of than the budget: "22.3 MiB of memory (there are 6.1 MiB)"."""
     used, limits = row["predicted"], row["budget"]
     over = (key for key in RESOURCES if used[key] > (limits[key] or math.inf))
-    return ", ".join(f"{RESOURCES[key]} {human(key, used[key], limits[key])}" for key in over)
+    needs = (
+        f"{human(key, used[key], up=True)} of {RESOURCES[key]} (there are {human(key, limits[key])})" for key in over
+    )
+    return ", ".join(needs)
+
+
+def differences(collected: Row) -> Table | None:
+    """What each method is, and what is set for it that is not for all; None for an older file, which does not say."""
+    if "settings" not in collected:
+        return None
+    rows = []
+    for row in collected["methods"]:
+        own = dict(row["settings"])
+        name = own.pop("method.name", collected["settings"].get("method.name", ""))
+        about = (METHODS[name].cuts, METHODS[name].source) if name in METHODS else ("", "")
+        keys = sorted(own, key=lambda key: key.startswith("method."))
+        said = (f"{key.removeprefix('method.')} = {written(own[key])}" for key in keys)
+        rows.append((row["label"], *about, ", ".join(said)))
+    return Table("What each method is", ("method", "cuts", "source", "set for it alone"), rows, left=4)

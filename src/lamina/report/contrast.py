@@ -15,7 +15,12 @@ from lamina.tables import WORST, by_class, percent
 
 Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[tuple[Row, Sequence[Row]]]]  # label -> per seed: summary and rounds
-MEMORY = Quantity("memory at the peak", "bytes")
+SPENT = {
+    "memory_bytes": Quantity("memory at the peak", "bytes"),
+    "up_bytes": COSTS["up_bytes"],
+    "down_bytes": Quantity("data received by devices", "bytes"),
+    "flops": COSTS["flops"],
+}
 WIDE = 300.0
 BEYOND = "Hollow: beyond the budgets."
 
@@ -44,7 +49,12 @@ def spent(row: Row) -> dict[str, float]:
     part = [each for each in row["classes"] if each["plan"]]
     devices = sum(each["devices"] for each in part)
     peak = sum(each["predicted"]["memory_bytes"] * each["devices"] for each in part) / max(1, devices)
-    return {"memory_bytes": peak} | {key: row["totals"][key] for key in ("up_bytes", "flops")}
+    return {"memory_bytes": peak} | {key: row["totals"][key] for key in ("up_bytes", "down_bytes", "flops")}
+
+
+def starred(row: Row) -> str:
+    """The label of a method, marked where it leaves devices out."""
+    return f"{row['label']}{'*' if row['took_part'] < 1 else ''}"
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -72,13 +82,17 @@ def ranking(methods: Sequence[Row]) -> Chart:
     x = Scale(*marks.padded([*edges, *before]), left, 640)
     bottom = TOP + ROW * (len(methods) - 1) + 22
     parts = [marks.axes(x, Scale(0, 1, TOP - 18, bottom), ACCURACY, None)]
+    several = len({row["network"] for _, row in done}) > 1
     if len(set(before)) == 1:
         parts.append(marks.line([(x(before[0]), TOP - 18), (x(before[0]), bottom)], "dash"))
-        parts.append(words(x(before[0]), TOP - 22, "pretrained", "soft", "middle"))
+        parts.append(words(x(before[0]), TOP - 22, "before", "soft", "middle"))
     for n, (index, row) in enumerate([*done, *rest]):
         at = TOP + ROW * n
         parts.append(words(left - 12, at + 4, row["label"], f"{colour(index)} own", "end"))
-        parts.append(_placed(index, row, x, at) if row["seeds"] else words(left, at + 4, _why_not(row), "soft"))
+        network = row["network"] if row["seeds"] and several else ""
+        parts.append(
+            _placed(index, row, network, x, at) if row["seeds"] else words(left, at + 4, _why_not(row), "soft")
+        )
     title = "Which method is most accurate"
     note = "Mean over devices after the run; bars are one standard deviation over seeds."
     if any(over_budget(row) for _, row in done):
@@ -86,10 +100,10 @@ def ranking(methods: Sequence[Row]) -> Chart:
     return Chart("ranking", title, note, marks.drawing(900, bottom + 44, title, *parts))
 
 
-def _placed(index: int, row: Row, x: Scale, at: float) -> str:
+def _placed(index: int, row: Row, network: str, x: Scale, at: float) -> str:
     (mean, std), over = mean_accuracy(row), over_budget(row)
-    part = f"{row['took_part']:.0%} of devices took part" if row["took_part"] < 1 else ""
-    text = ", ".join(each for each in (score(row), part, "beyond the budgets" if over else "") if each)
+    part = f"{1 - row['took_part']:.0%} left out" if row["took_part"] < 1 else ""
+    text = ", ".join(each for each in (score(row), network, part, "beyond the budgets" if over else "") if each)
     parts = [marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}")] if std else []
     return "".join(
         [*parts, marks.point(x(mean), at, f"{row['label']}: {text}", index, hollow=over), words(656, at + 4, text)]
@@ -101,13 +115,13 @@ def _why_not(row: Row) -> str:
 
 
 def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
-    """Accuracy against memory, bytes sent and operations, with the front of those that keep the budgets."""
+    """Accuracy against memory, bytes sent and received, and operations, with the front of those within the budgets."""
     done = [(i, row) for i, row in enumerate(methods) if row["seeds"]]
     low, high = marks.padded([mean_accuracy(row)[0] for _, row in done])
     bottom = TOP + max(TALL, 14.0 * len(done))
-    wide = WIDE + max(marks.width(row["label"]) for _, row in done)
+    wide = WIDE + max(marks.width(starred(row)) for _, row in done)
     y, made = Scale(low, high, bottom, TOP), []
-    for key, across in (("memory_bytes", MEMORY), ("up_bytes", COSTS["up_bytes"]), ("flops", COSTS["flops"])):
+    for key, across in SPENT.items():
         points = [(spent(row)[key], mean_accuracy(row)[0]) for _, row in done]
         x = Scale(0, 1.05 * max(cost for cost, _ in points) or 1, LEFT, WIDE - 14)
         parts = [marks.axes(x, y, across, ACCURACY)]
@@ -115,7 +129,7 @@ def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
         best = [kept[n] for n in front([points[n] for n in kept])]
         parts.append(tag("polyline", points=_steps([(x(points[n][0]), y(points[n][1])) for n in best]), class_="dash"))
         looks = [f"{colour(index)} {'own' if n in best else 'name'}" for n, (index, _) in enumerate(done)]
-        ends = [(row["label"], look, x(a), y(b)) for (_, row), look, (a, b) in zip(done, looks, points, strict=True)]
+        ends = [(starred(row), look, x(a), y(b)) for (_, row), look, (a, b) in zip(done, looks, points, strict=True)]
         parts.append(marks.labels(ends, WIDE, TOP, bottom))
         for n, ((index, row), (cost, value)) in enumerate(zip(done, points, strict=True)):
             tip = f"{row['label']}: {value:.1%}, {across.text(cost)}{' (on the front)' if n in best else ''}"

@@ -40,17 +40,17 @@ class Report:
 
     Attributes:
         title: What it is of.
-        answer: The result in words.
+        answer: The result in a sentence or two.
         sections: In reading order.
         folded: Name -> text that is there for those who look for it.
-        setting: What it was found with.
+        details: What else there is to say in words, a sentence or two each.
     """
 
     title: str
     answer: str
     sections: Sequence[Section]
     folded: Mapping[str, str]
-    setting: str = ""
+    details: Sequence[str] = ()
 
     def charts(self) -> list[Chart]:
         """All of them."""
@@ -59,7 +59,8 @@ class Report:
     def html(self) -> str:
         """The page."""
         body = "".join(map(_section, self.sections))
-        setting = f"<p>{escape(self.setting)}</p>" if self.setting else ""
+        details = "".join(f"<li>{escape(each)}</li>" for each in self.details)
+        details = f'<ul class="details">{details}</ul>' if details else ""
         folded = "".join(
             f"<details><summary>{escape(k)}</summary><pre>{escape(v)}</pre></details>" for k, v in self.folded.items()
         )
@@ -67,7 +68,7 @@ class Report:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n"
-            f'<body><main><h1>{escape(self.title)}</h1><p class="answer">{escape(self.answer)}</p>{setting}\n'
+            f'<body><main><h1>{escape(self.title)}</h1><p class="answer">{escape(self.answer)}</p>{details}\n'
             f"{body}{folded}<footer>Made by lamina report. Point at a mark to see its value.</footer>"
             "</main></body></html>\n"
         )
@@ -133,8 +134,8 @@ def _of_comparison(folder: Path, collected: Row) -> Report:
     groups = {"Accuracy against cost": "against", "Learning curves": "learning"}
     notes = {
         "against": "The dashed line is the front: nothing else within the budgets is both cheaper and better; "
-        "what is on it has its name in bold. Colours are those above. Memory is the predicted peak, the mean over the "
-        "devices that take part; the rest is summed over all devices and rounds. What devices receive is told below."
+        "what is on it has its name in bold (*: leaves devices out). Colours are those above. Memory is the predicted "
+        "peak, the mean over the devices with a plan; the rest is summed over all devices and rounds."
         + (f" {contrast.BEYOND}" if any(contrast.over_budget(row) for _, row in contrast.ranked(methods)) else ""),
         "learning": "Means over seeds, with bands of one standard deviation."
         + (f" The dashed line is the target, {collected['target']:.1%}." if collected.get("target") else ""),
@@ -151,10 +152,15 @@ def _of_comparison(folder: Path, collected: Row) -> Report:
     unfit = answers.misfits(collected)
     sections += [Section("Numbers", tables=tables.comparison(collected))]
     sections += [Section("What does not fit, and why", tables=[unfit])] if unfit else []
-    first = next((row for row in methods if row.get("runs")), None)
-    folded = _settings(folder / first["runs"][0], f" of {first['label']}") if first else {}
+    own = answers.differences(collected)
+    sections += [Section(own.title, tables=[own])] if own else []
+    first = next((row["runs"][0] for row in methods if row.get("runs")), "")
+    alike = "\n".join(f"{key} = {value}" for key, value in collected.get("settings", {}).items())
+    folded = {"Settings that all share, every default filled in": alike} if alike else {}
+    folded |= _versions(folder / first)
     title = f"{collected['name']}: {len(methods)} methods compared"
-    return Report(title, answers.of_comparison(collected), sections, folded, answers.setting(collected))
+    answer, *details = answers.of_comparison(collected)
+    return Report(title, answer, sections, folded, [*details, *answers.setting(collected)])
 
 
 def _run(folder: Path) -> tuple[Row, list[Row]] | None:
@@ -163,9 +169,15 @@ def _run(folder: Path) -> tuple[Row, list[Row]] | None:
     return (_json(path), list(_lines(folder / "rounds.jsonl"))) if path.is_file() else None
 
 
-def _settings(folder: Path, whose: str = "") -> dict[str, str]:
-    found = {f"Settings{whose}, every default filled in": "config.toml", "Versions and machine": "env.json"}
-    return {title: (folder / name).read_text("utf-8") for title, name in found.items() if (folder / name).is_file()}
+def _settings(folder: Path) -> dict[str, str]:
+    path = folder / "config.toml"
+    found = {"Settings, every default filled in": path.read_text("utf-8")} if path.is_file() else {}
+    return found | _versions(folder)
+
+
+def _versions(folder: Path) -> dict[str, str]:
+    path = folder / "env.json"
+    return {"Versions and machine": path.read_text("utf-8")} if path.is_file() else {}
 
 
 def _json(path: Path) -> Any:

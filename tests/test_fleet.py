@@ -222,3 +222,10 @@ def test_classes_may_name_their_devices_and_the_others_are_drawn_from_the_rest()
 def test_devices_that_cannot_be_as_they_are_named_are_refused(named: tuple[Any, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         assign([DeviceClass(name, devices=devices) for name, devices in zip("ab", named, strict=True)], 3, 0)
+
+
+def test_a_column_has_one_unit_unless_it_would_show_a_zero() -> None:
+    assert [human("flops", value, among=5.5e12) for value in (5.5e12, 944.8e9, 1e9)] == [
+        *("5.5 TFLOP", "0.9 TFLOP", "1.0 GFLOP")
+    ]
+    assert human("bytes", 200 * 2**10, among=5 * 2**20) == "0.2 MiB"

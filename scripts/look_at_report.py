@@ -1,6 +1,6 @@
 """Look at a report as people will: draw it in light, in dark and for print, in headless Chromium.
 
-python scripts/look_at_report.py runs/demo-f3511c06 --out /tmp/looks
+python scripts/look_at_report.py runs/demo-282669fc --out /tmp/looks
 
 Needs `chromium`, or what CHROMIUM names. Exits with 1 if a chart has no marks, if text is cut off, if anything in the
 page would run or be loaded, or if the browser complains.

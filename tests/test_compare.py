@@ -136,6 +136,7 @@ def test_the_whole_of_it(table: Table, tmp_path: Path, lamina: Call) -> None:
     code, text, _ = lamina("compare", file, "--out", out)
     assert code == 0 and text.count("done before") == 4
     assert "caff" in text and "lora does not fit: class 'strong' fits no plan" in text
+    assert "is the most accurate within the budgets" in text
     page = (out / "tiny" / "compare.md").read_text()
     assert "| full, drop |  | " not in page and "does not fit" in page and "50%" in page
     assert caff["runs"] == [next((out / "tiny").glob(f"caff-{seed}-*")).name for seed in (3, 1)]

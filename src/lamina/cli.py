@@ -140,6 +140,7 @@ def compare(
     """Run methods x seeds under the same fleet and show one table; the same command goes on after a stop."""
     from lamina import config, tables
     from lamina.compare import cells, collect, run_cell, save
+    from lamina.report import answers
     from lamina.view import View
 
     view = View(quiet=as_json)
@@ -167,6 +168,7 @@ def compare(
         view.table(table)
     for label, reason in misfits.items():
         view.say(f"{label} does not fit: {reason}")
+    view.say(answers.of_comparison(collected)[0])
     view.say(f"report {folder / 'report.html'}, table {folder / 'compare.md'}, runs {folder}")
 
 

@@ -365,7 +365,7 @@ def test_the_answer_of_a_comparison(collected: Table) -> None:
         "good on n-2 is the most accurate within the budgets: 52.0±2.8%, from 20.0% before (mean ± standard deviation "
         "over 2 seeds). Level with that, within a standard deviation of the differences over seeds: level (-2.0±2.8). "
         "Behind: poor (-22.0±2.8 points).",
-        "It takes a device up to 40.0 MiB; in all, devices send 4.0 MiB, receive 0.0 KiB and compute 1.0 GFLOP.",
+        "A device needs up to 40.0 MiB for it; in all, devices send 4.0 MiB, receive 0.0 KiB and compute 1.0 GFLOP.",
         "The class that is worst off has most with level: 20.0±1.0%. Next: good (-10.0±0.0 points).",
         "Beyond the budgets: free 60.0±0.0%.",
         "Leave devices out: level (50%).",

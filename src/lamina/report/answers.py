@@ -63,10 +63,10 @@ def of_comparison(collected: Row) -> list[str]:
         rest = _others(known, lambda row: row["worst_class"])
         said.append(" ".join([f"The class that is worst off has most with {most}", *rest]))
     if free := [row for row in done if over_budget(row)]:
-        scores = (f"{row['label']} {score(row)}" for row in free)
+        scores = (f"{_names([row])} {score(row)}" for row in free)
         said.append(f"Beyond the budgets: {_listed(scores)}.")
     if partial := [row for row in fair[1:] if row["took_part"] < 1]:
-        parts = (f"{row['label']} ({1 - row['took_part']:.0%})" for row in partial)
+        parts = (f"{_names([row])} ({1 - row['took_part']:.0%})" for row in partial)
         said.append(f"Leave devices out: {_listed(parts)}.")
     if misfits := [row for row in collected["methods"] if row.get("misfit")]:
         said.append(f"Have no plan within the budgets: {_names(misfits)}.")
@@ -77,8 +77,8 @@ def _cost(row: Row) -> str:
     peak = max(each["predicted"]["memory_bytes"] for each in row["classes"] if each["plan"])
     up, down, flops = (human(key, row["totals"][key]) for key in ("up_bytes", "down_bytes", "flops"))
     return (
-        f"It takes a device up to {human('memory_bytes', peak)}; in all, devices send {up}, receive {down} and compute "
-        f"{flops}."
+        f"A device needs up to {human('memory_bytes', peak)} for it; in all, devices send {up}, receive {down} and "
+        f"compute {flops}."
     )
 
 

@@ -24,6 +24,7 @@ from lamina import files, toml
 HERE = Path(__file__).parent
 RECORDS = HERE.parent / "records" / "study"
 GRID = {"lr": [3e-4, 1e-3, 3e-3, 1e-2]}
+QUICK = {"seeds": [100], "rounds": 6, "validation": 0.2}
 HEAD_GRID = GRID | {"head_lr": [3e-3, 1e-2, 3e-2]}
 # Peak memory in MiB of full training of the networks with three, six and nine blocks (`lamina plan`, batch 32), rounded
 FULL = {"shakespeare": (54.31, 103.3, 152.4), "cifar10": (45.04, 85.6, 126.2), "cifar100": (45.18, 85.7, 126.3)}
@@ -84,7 +85,7 @@ def settings(task: str) -> dict[str, dict[str, Any]]:
 def of_tuning(task: str) -> dict[str, dict[str, Any]]:
     """Learning rates: another seed, few rounds, examples held back, three classes that any method can take part in."""
     fleet = three_classes(1.02 * FULL[task][1], 1, 0.5, 0.25)
-    tuning = {"seeds": [100], "rounds": 6, "validation": 0.2, "fleet": fleet}
+    tuning = QUICK | {"fleet": fleet}
     return {
         "tuning": tuning | {"labels": TUNED, "grid": GRID},
         "head-tuning": tuning | {"labels": [*NEAR, "fedavg, no budgets"], "grid": HEAD_GRID},
@@ -121,6 +122,9 @@ def of_equal_devices(task: str) -> dict[str, dict[str, Any]]:
         "warm": half | {"labels": LAST, "grid": GRID},
         "head": half | {"labels": NEAR, "rates": "head-tuning"},
         "one-head": one | deep | {"labels": [*NEAR, "fedavg, restricted"], "rates": "head-tuning"},
+        # With rates found at this budget and on these networks, where tuning is on six blocks at most
+        "one-tuning": one | deep | QUICK | {"labels": LAST, "grid": HEAD_GRID},
+        "one-tuned": one | deep | {"labels": LAST, "rates": "one-tuning"},
         "exact-head": half
         | {"levers": "exact", "labels": [*LAST, "caff, 12 blocks", "lora-last-t, 12 blocks"], "rates": "head-tuning"},
     }

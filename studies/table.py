@@ -21,7 +21,20 @@ MIB, TERA = 2**20, 1e12
 Runs = dict[int, dict[str, Any]]  # by seed
 TASKS = {"shakespeare": "Shakespeare", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 SETTINGS = (
-    *("half", "head", "one", "six", "nine", "half-deep", "one-deep", "exact", "exact-head", "uplink", "compute"),
+    *(
+        "half",
+        "head",
+        "one",
+        "six",
+        "nine",
+        "half-deep",
+        "one-deep",
+        "one-head",
+        "exact",
+        "exact-head",
+        "uplink",
+        "compute",
+    ),
     *("three-classes", "three-classes-iid", "eighths", "eighths-exact", "robust"),
 )
 BESIDE = {"half": "fjord"}
@@ -32,9 +45,9 @@ ROWS = (
 )
 NOTES = (
     "Points of accuracy ahead of (blue) or behind (orange) CAFF, whose own line is its accuracy. Every method takes",
-    "the network of which it can train most blocks (half deep, one deep: the deepest that fits). Bold: by more than a",
-    "standard deviation of the differences over seeds, of which there is none with one seed. *: leaves devices out.",
-    "Nothing: not run.",
+    "the network of which it can train most blocks (half deep, one deep, one head: the deepest that fits). Bold: by",
+    "more than a standard deviation of the differences over seeds, of which there is none with one seed.",
+    "*: leaves devices out. Nothing: not run.",
 )
 WIDE, HIGH, LEFT, TOP = 62.0, 22.0, 175.0, 52.0
 HEAD = """# Study: all tables
@@ -133,9 +146,10 @@ def cell(rows: dict[str, Any], name: str, x: float, y: float) -> str:
     runs, our_runs = (summaries(each["folder"], each) for each in (row, rows["caff"]))
     found, mine = gaps(runs, our_runs), told([*map(accuracy, runs.values())])
     tip = f"{row['label']}, {row['folder'].name}: {mine} %, {told(found, '+')} from CAFF"
+    star = "*" if row["took_part"] < 1 else ""
     if row is rows["caff"]:
-        return marks.words(x + WIDE / 2, y + 15, mine.split(" ")[0] + " %", "", "middle")
-    gap, star = round(mean(found), 1), "*" if row["took_part"] < 1 else ""
+        return marks.words(x + WIDE / 2, y + 15, f"{mine.split(' ')[0]} %{star}", "", "middle")
+    gap = round(mean(found), 1)
     clear = gap and len(found) > 1 and abs(mean(found)) > stdev(found)
     said = f"{gap:+.1f}".replace("-", "\u2212") if gap else "0.0"
     look = {"class_": f"{marks.colour(0 if gap > 0 else 1)} fill", "fill_opacity": 0.6 * min(1, abs(gap) / 10) ** 0.5}

@@ -18,7 +18,7 @@ from lamina.report.marks import Chart
 
 RECORDS = Path(__file__).parent.parent / "records" / "study"
 MIB, TERA = 2**20, 1e12
-Runs = dict[int, dict[str, Any]]  # by seed
+Runs = dict[int, float]  # by seed
 TASKS = {"shakespeare": "Shakespeare", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 SETTINGS = (
     *(
@@ -61,16 +61,10 @@ back from training.
 """
 
 
-def summaries(folder: Path, row: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Seed -> what the run came to."""
-    runs = (json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in row["runs"])
-    return dict(zip(row["seeds"], runs, strict=True))
-
-
-def accuracy(found: dict[str, Any]) -> float:
-    """Of a run or of a class: mean over devices after the run, in %."""
-    after: float = found["accuracy"]["after"]["mean_over_devices"]
-    return 100 * after
+def accuracies(row: dict[str, Any]) -> Runs:
+    """Seed -> accuracy after the run, mean over devices, in %."""
+    values = row["accuracy"]["after"]["mean_over_devices"]["values"]
+    return {seed: 100 * value for seed, value in zip(row["seeds"], values, strict=True)}
 
 
 def told(values: Sequence[float], sign: str = "") -> str:
@@ -87,7 +81,7 @@ def by_class(row: dict[str, Any]) -> Iterator[str]:
 
 def gaps(runs: Runs, our_runs: Runs) -> list[float]:
     """Points that a method is ahead of CAFF, seed by seed."""
-    return [accuracy(run) - accuracy(our_runs[seed]) for seed, run in runs.items() if seed in our_runs]
+    return [value - our_runs[seed] for seed, value in runs.items() if seed in our_runs]
 
 
 def cells(row: dict[str, Any], runs: Runs, our_runs: Runs, target: float | None) -> Iterator[str]:
@@ -96,7 +90,7 @@ def cells(row: dict[str, Any], runs: Runs, our_runs: Runs, target: float | None)
     found = gaps(runs, our_runs) if row["label"] != "caff" else []
     peak = max(each["predicted"]["memory_bytes"] for each in classes if each["plan"]) / MIB
     yield from (row["label"], row["network"], "; ".join(each["plan"] or "nothing" for each in classes))
-    yield from (told([*map(accuracy, runs.values())]), told(found, "+") if found else "")
+    yield from (told([*runs.values()]), told(found, "+") if found else "")
     yield from by_class(row)
     yield from (f"{peak:.1f}", f"{totals['up_bytes'] / MIB:.1f}", f"{totals['flops'] / TERA:.1f}")
     if target:
@@ -114,10 +108,8 @@ def table(folder: Path) -> str:
     """The methods of a recorded setting, the best first, as Markdown."""
     collected = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     rows, target = collected["methods"], collected.get("target")
-    found = {row["label"]: summaries(folder, row) for row in rows if row["seeds"]}
-    done = sorted(
-        (row for row in rows if row["seeds"]), key=lambda row: -mean(map(accuracy, found[row["label"]].values()))
-    )
+    found = {row["label"]: accuracies(row) for row in rows if row["seeds"]}
+    done = sorted((row for row in rows if row["seeds"]), key=lambda row: -mean(found[row["label"]].values()))
     names = [name for name, *_ in tables.by_class(done[0])]
     head = ["method", "network", "trains", "accuracy, %", "against CAFF", *names, "peak, MiB", "uplink, MiB", "TFLOP"]
     head += [f"reach {target:.0%}", "round", "MiB till then", "TFLOP till then"] if target else []
@@ -143,8 +135,8 @@ def cell(rows: dict[str, Any], name: str, x: float, y: float) -> str:
     if row is None:
         misfit = any(each["misfit"] for each in called)
         return marks.words(x + WIDE / 2, y + 15, "no plan", "soft", "middle") if misfit else ""
-    runs, our_runs = (summaries(each["folder"], each) for each in (row, rows["caff"]))
-    found, mine = gaps(runs, our_runs), told([*map(accuracy, runs.values())])
+    runs = accuracies(row)
+    found, mine = gaps(runs, accuracies(rows["caff"])), told([*runs.values()])
     tip = f"{row['label']}, {row['folder'].name}: {mine} %, {told(found, '+')} from CAFF"
     star = "*" if row["took_part"] < 1 else ""
     if row is rows["caff"]:

@@ -53,10 +53,10 @@ def of_comparison(collected: Row) -> list[str]:
         f"{_names([best])} on {best['network']}{_alone(best)} is the most accurate within the budgets: {score(best)}, "
         f"from {before:.1%} before ({told})."
     )
+    said = [" ".join([first, *_others(fair, _after)]), _cost(best)]
     whole = [row for row in fair if row["took_part"] == 1]
     if best["took_part"] < 1 and whole:
-        first += f" Of those that leave no device out, {_names(whole[:1])} is: {score(whole[0])}."
-    said = [" ".join([first, *_others(fair, _after)]), _cost(best)]
+        said[0] += f" Of those that leave no device out, {_names(whole[:1])} has most: {score(whole[0])}."
     if known := [row for row in fair if row.get("worst_class")]:
         known.sort(key=lambda row: -row["worst_class"]["mean"])
         most = f"{_names(known[:1])}: {percent(known[0]['worst_class'])}%."
@@ -91,12 +91,14 @@ def _others(rows: Sequence[Row], found: Callable[[Row], Row]) -> Iterator[str]:
     """Who is level with the first of `rows`, and who is the next: by differences on the seeds that both have."""
     first, *rest = rows
     gaps = [(row, gap) for row in rest if (gap := _gap(row, first, found))]
-    level = [(row, gap) for row, gap in gaps if -fmean(gap) <= (stdev(gap) if len(gap) > 1 else 0)]
-    if level:
-        words = [f"{_names([row])} ({_points(gap)})" for row, gap in level]
-        yield f"Level with that, within a standard deviation of the differences over seeds: {_listed(words)}."
-    if behind := next(((row, gap) for row, gap in gaps if (row, gap) not in level), None):
-        yield f"{'Next' if not level else 'Behind'}: {_names(behind[:1])} ({_points(behind[1])} points)."
+    told: dict[bool, list[str]] = {True: [], False: []}  # by whether it is level
+    for row, gap in gaps:
+        level = -fmean(gap) <= (stdev(gap) if len(gap) > 1 else 0)
+        told[level].append(f"{_names([row])} ({_points(gap)}{'' if level else ' points'})")
+    if told[True]:
+        yield f"Level with that, within a standard deviation of the differences over seeds: {_listed(told[True])}."
+    if told[False]:
+        yield f"{'Behind' if told[True] else 'Next'}: {told[False][0]}."
 
 
 def _gap(row: Row, other: Row, found: Callable[[Row], Row]) -> list[float]:

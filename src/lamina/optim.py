@@ -65,11 +65,16 @@ def state_bytes(kind: Kind, shape: Sequence[int]) -> int:
 
 def scratch_bytes(kind: Kind, shape: Sequence[int]) -> int:
     """What an optimizer needs besides while it updates a tensor of this shape."""
-    if kind == "adamw8" and math.prod(shape) >= _CODED:
-        return 3 * 4 * min(_STRETCH, _GROUP * -(-math.prod(shape) // _GROUP))
-    if kind == "adamw8":
-        return 4 * math.prod(shape)
-    return 4 * math.prod(shape) if kind == "adafactor" and len(shape) == 1 else 0
+    numel = math.prod(shape)
+    match kind:
+        case "adamw8" if numel >= _CODED:
+            return 3 * 4 * min(_STRETCH, _GROUP * -(-numel // _GROUP))
+        case "adafactor" if len(shape) > 1:
+            return 4 * max(numel // shape[-1] + 1, shape[-1])  # of rows and their mean, or of columns
+        case "adamw8" | "adafactor":
+            return 4 * numel
+        case _:
+            return 0
 
 
 class _TensorByTensor(torch.optim.Optimizer):
@@ -167,8 +172,10 @@ class Adafactor(_TensorByTensor):
             if not state:
                 state["row"], state["column"] = matrix.new_zeros(len(matrix)), matrix.new_zeros(matrix.shape[1])
             for key, dim in (("row", 1), ("column", 0)):
-                mean = torch.linalg.vector_norm(matrix, dim=dim).square_().div_(matrix.shape[dim]).add_(1e-30)
-                state[key].lerp_(mean, fresh)
+                # without a name for the means, which would live until the next
+                state[key].lerp_(
+                    torch.linalg.vector_norm(matrix, dim=dim).square_().div_(matrix.shape[dim]).add_(1e-30), fresh
+                )
             matrix.mul_((state["row"] / state["row"].mean()).rsqrt_()[:, None]).mul_(state["column"].rsqrt())
         else:
             if not state:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import checkpoint, client, config, model
 from lamina.cost import Cost, cost
@@ -270,3 +273,14 @@ def finished(out: str) -> tuple[dict[str, bytes], dict[str, Any]]:
         for point in report["curve"]:
             del point[next(key for key in point if key.endswith("_per_second"))]
     return exact, reports
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Torch's count of operations, with attention as the plain formula."""
+    aten: Any = torch.ops.aten  # those that add to something, which the counter does not know
+    adding = {aten.addmm_: lambda out, x, y, **_: 2 * x[0] * x[1] * y[1]}
+    adding[aten.baddbmm_] = lambda out, x, y, **_: 2 * x[0] * x[1] * x[2] * y[2]
+    adding[aten.mm.out] = lambda x, y, **_: 2 * x[0] * x[1] * y[1]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=adding) as counter:
+        yield counter

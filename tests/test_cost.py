@@ -11,11 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from support import counting
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import client, model
 from lamina.cost import Cost, cost
@@ -106,7 +105,7 @@ def kept_bytes(spec: Spec, plan: Plan) -> int:
 
 def counted_flops(spec: Spec, plan: Plan) -> int:
     """Operations of one step of the real client, with attention as the plain formula."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         client.train(make_job(spec, plan).owned(), Noise(spec), spec)
     return int(counter.get_total_flops())
 

@@ -12,10 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from specs import SPECS, TOKENS
-from support import TURN, weights
+from support import TURN, counting, weights
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import client, measure, model, ops, packed
 from lamina.cost import cost
@@ -258,7 +256,7 @@ def test_what_is_kept_and_computed_is_what_torch_keeps_and_counts(name: str, whi
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         client.train(job, shard, spec)
     assert price.saved_bytes == sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         client.train(job, shard, spec)
     assert price.flops == counter.get_total_flops()
 

@@ -18,6 +18,7 @@ from support import (
     Table,
     begin,
     bits,
+    counting,
     moved,
     play,
     spec,
@@ -28,8 +29,6 @@ from support import (
     write_world,
 )
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import client, measure, model, ops
 from lamina.cost import cost
@@ -451,11 +450,7 @@ def test_operations_are_those_torch_counts(name: str, gradient: Any) -> None:
     case = MOVES[name]
     job = case.job(gradient, 3)
     local = replace(case.local, steps=2, batch_size=4)
-    aten: Any = torch.ops.aten  # those that add to something, which the counter does not know
-    adding = {aten.addmm_: lambda out, x, y, **_: 2 * x[0] * x[1] * y[1]}
-    adding[aten.baddbmm_] = lambda out, x, y, **_: 2 * x[0] * x[1] * x[2] * y[2]
-    adding[aten.mm.out] = lambda x, y, **_: 2 * x[0] * x[1] * y[1]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=adding) as counter:
+    with counting() as counter:
         client.train(replace(job, local=local).owned(), tokens(8), case.network)
     assert cost(case.network, job.plan, local, 7, 2, job.method).flops == counter.get_total_flops()
 

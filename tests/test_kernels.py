@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support import counting
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import ops as operations
 from lamina.kernels import Mix
@@ -169,6 +168,21 @@ def group_linear(by_rows: bool, biased: bool) -> Kernel:
     return Kernel(call, formula, [(BATCH, TOKENS, x), weight, *[weight[:1]] * biased], 1)
 
 
+def lora_linear(biased: bool, rank: int = 2) -> Kernel:
+    """From 12 units to 5, and to 9 where no bias is added."""
+    outputs = 5 if biased else 9
+
+    def formula(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
+        y: Tensor = x @ (weight + 1.5 * b @ a).T
+        return y + rest[0] if biased else y
+
+    def call(ops: Ops, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
+        return ops.lora_linear(x, weight, rest[0] if biased else None, a, b, 1.5)
+
+    x, weight = (BATCH, TOKENS, WIDTH), (outputs, WIDTH)
+    return Kernel(call, formula, [x, weight, (rank, WIDTH), (outputs, rank), *[(outputs,)] * biased], 1)
+
+
 def spread_formula(p: Tensor) -> Tensor:
     out = torch.zeros(5, 2, 3, WIDTH, dtype=p.dtype)
     out[1, :, 0], out[4, :, 2], out[2, :, 2] = p
@@ -218,6 +232,8 @@ KERNELS = {
     "group_linear without bias": group_linear(by_rows=True, biased=False),
     "group_linear that ends": group_linear(by_rows=False, biased=True),
     "group_linear that ends, without bias": group_linear(by_rows=False, biased=False),
+    "lora_linear": lora_linear(biased=True),
+    "lora_linear without bias": lora_linear(biased=False),
     "fork": Kernel(lambda ops, x: ops.fork(x, 3), lambda x: x.repeat(1, 1, 3), [(BATCH, TOKENS, WIDTH)], 1),
     "spread": Kernel(lambda ops, p: ops.spread(p, ((1, 0), (4, 2), (2, 2)), 5, 3), spread_formula, [(3, 2, WIDTH)], 0),
     "patches": patches(0, 0),
@@ -338,14 +354,14 @@ def test_products_of_a_kernel_are_those_torch_counts(name: str) -> None:
     kernel = KERNELS[name]
     for needs in ((False,) * len(kernel.shapes), (True,) * len(kernel.shapes)):
         given = [p.requires_grad_(need) for p, need in zip(drawn(kernel, torch.float32), needs, strict=True)]
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             out = kernel.call(TORCH, *given)
             if any(needs):
                 out.sum().backward()  # type: ignore[no-untyped-call]
         assert sum(predicted(kernel, needs)[1].flops.values()) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "gate", "rotate", "patches, leads and registers"])
+@pytest.mark.parametrize("name", ["rms_norm", "gate", "rotate", "lora_linear", "patches, leads and registers"])
 @pytest.mark.usefixtures("double")
 def test_backward_passes_of_our_own_are_those_of_differences(name: str) -> None:
     kernel = KERNELS[name]
@@ -353,7 +369,7 @@ def test_backward_passes_of_our_own_are_those_of_differences(name: str) -> None:
     assert torch.autograd.gradcheck(lambda *tensors: kernel.call(TORCH, *tensors), given)
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "gate", "patches, lead", "multiply", "rotate"])
+@pytest.mark.parametrize("name", ["rms_norm", "gate", "patches, lead", "multiply", "rotate", "lora_linear"])
 def test_gradients_add_up_and_leave_what_came_in_as_it_was(name: str) -> None:
     """A kernel may write into memory of its own alone: not its inputs', not the gradient's, nor what it gave before."""
     kernel = KERNELS[name]

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support import CLASSES, TURN, VARIANTS, bits, moved, spec, suited, weights
+from support import CLASSES, TURN, VARIANTS, bits, counting, moved, spec, suited, weights
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lamina import client, ledger, levers, measure, model, ops, packed
 from lamina.cost import cost
@@ -564,7 +562,7 @@ def flops(lever: Levers, local: Local, steps: int, network: Spec = SPEC, trained
 def counted(lever: Levers, local: Local, shard: Sequences) -> int:
     """Operations of a round, as torch counts them, with attention as the plain formula."""
     plan = replace(GRADIENT_PLANS["last 2 of 3"], levers=lever)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         client.train(Job(TURN, plan, local, PARAMS).owned(), shard, SPEC)
     return int(counter.get_total_flops())
 

@@ -405,6 +405,19 @@ def test_the_scaler_can_be_left_out() -> None:
     assert plans(HeteroFL())[0].network is None
 
 
+def test_the_scaler_is_by_the_width_that_is_evaluated() -> None:
+    """As in their code: the widest of the fleet trains the function that is evaluated, as it is."""
+    method, ratios = HeteroFL(), (1.0, 0.5, 0.25, 0.125, 0.0625)
+    for place, widest in enumerate(ratios):
+        fleet = Fleet([0, 1], (plans(method)[place], plans(method)[-1]), lambda group, plan: True)
+        memory = method.prepare(SPEC, PARAMS, fleet, TURN)
+        found = [plan.runs(SPEC).scale for plan in method.plans(SPEC, TURN, memory)]
+        assert found == [min(1.0, ratio / widest) for ratio in ratios]
+    rolling = FedRolex()
+    memory = rolling.prepare(SPEC, PARAMS, Fleet([0], (plans(rolling)[2],), lambda group, plan: True), TURN)
+    assert [plan.runs(SPEC).scale for plan in rolling.plans(SPEC, TURN, memory)] == list(ratios)
+
+
 def answers(
     method: Method, labels: Sequence[Sequence[int]], widths: Sequence[int], turn: Turn
 ) -> list[tuple[Job, Update]]:
@@ -670,7 +683,7 @@ def test_a_device_draws_among_the_widths_that_it_holds() -> None:
             {f"h.{i}.{axis}": math.ceil(ratio * size) for axis, size in (("heads", 3), ("ffn", 20)) for i in range(2)}
             for ratio in (1.0, 0.6, 0.3)[own:]
         ]
-        assert method.objective(job(method, plan)).distill
+        assert method.objective(job(method, plan)).distill == (own < 2)  # the narrowest would teach itself
     assert Axis("embed") in next(iter(Fjord(scope="full").objective(job(Fjord(), plans(Fjord())[0])).widths))
 
 

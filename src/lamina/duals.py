@@ -147,6 +147,12 @@ class Duals(Ops):
             tangent = self._spread(db, (*x.shape[:-1], len(db)))
         return _dual(self._ops.linear(x, weight, bias), tangent)
 
+    def lora_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        """As three linear layers."""
+        return self.add(self.linear(x, weight, bias), self.linear(self.linear(x, a_RI), b_OR), scale)
+
     def group_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
     ) -> Tensor:

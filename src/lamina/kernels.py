@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamina.packed import Packed, slabs
+from lamina.packed import Packed, slabs, unpacked
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,47 @@ def _head_backward(
         of_weight.addmm_(g_NV.T, x_ND[rows])
     if of_bias is not None:
         of_bias.add_(g_NV.sum(0))
+
+
+class LoraLinear(torch.autograd.Function):
+    """`Ops.lora_linear`; both parts of the gradient of x are summed in one memory, and so are both outputs.
+
+    As three linear layers, backward would have three tensors of the size of x at once: both parts and their sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | Packed, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        """Keeps x where W or A has a gradient, and x A^T where B has."""
+        _, of_weight, _, of_a, of_b, _ = ctx.needs_input_grad
+        z = F.linear(x, a_RI)
+        out = F.linear(x, unpacked(weight), bias)
+        out.flatten(0, -2).addmm_(z.flatten(0, -2), b_OR.T, alpha=scale)
+        ctx.save_for_backward(x if of_weight or of_a else None, z if of_b else None, a_RI, b_OR)
+        ctx.weight, ctx.scale = weight, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, W, b, A and B."""
+        x, z, a_RI, b_OR = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_a, of_b = (None,) * 5
+        g_NO, g_NR = gradient.flatten(0, -2), cast(Tensor, None)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            g_NR = (g_NO @ b_OR).mul_(ctx.scale)
+        if ctx.needs_input_grad[1]:
+            of_weight = g_NO.T @ x.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            of_bias = g_NO.sum(0)
+        if ctx.needs_input_grad[3]:
+            of_a = g_NR.T @ x.flatten(0, -2)
+        if ctx.needs_input_grad[4]:
+            of_b = (g_NO.T @ z.flatten(0, -2)).mul_(ctx.scale)
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ unpacked(ctx.weight)
+            of_x.flatten(0, -2).addmm_(g_NR, a_RI)
+        return of_x, of_weight, of_bias, of_a, of_b, None
 
 
 class SparseLinear(torch.autograd.Function):

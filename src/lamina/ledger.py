@@ -89,6 +89,22 @@ class Ledger(Accounts):
         del unpacked
         return out
 
+    def lora_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        """Keeps what its three products do; backward has the gradient of x A^T besides, for x and A."""
+        z = self._out((*x.shape[:-1], len(a_RI)), [x, a_RI], [])  # its node is but for the count
+        for factors in ((x, weight), (x, a_RI), (z, b_OR)):
+            self._products(*factors)
+        sources = [x, weight, *([] if bias is None else [bias]), a_RI, b_OR]
+        kept = [*_factors(x, weight), *_factors(x, a_RI), *_factors(z, b_OR)]
+        scratch = FLOAT_BYTES * z.numel() if as_shape(z).node else 0
+        scratch += FLOAT_BYTES * weight.numel() if as_shape(weight).packed and as_shape(x).node else 0
+        unpacked = self._unpacked(weight)
+        out = self._out((*x.shape[:-1], weight.shape[0]), sources, kept, scratch)
+        del unpacked
+        return out
+
     def group_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
     ) -> Tensor:

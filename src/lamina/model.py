@@ -331,9 +331,12 @@ def _ffn(spec: Spec, params: Mapping[str, Tensor], y_BSD: Tensor, i: int, ops: O
 
 def _linear(spec: Spec, params: Mapping[str, Tensor], x: Tensor, name: str, ops: Ops) -> Tensor:
     """A linear layer of a block, in whatever form it is there, with what is added to it."""
-    bias = params.get(f"{name}.bias")
+    bias, lora = params.get(f"{name}.bias"), None
     if bias is not None:
         bias = bias.reshape(bias.numel())
+    if spec.lora and f"{name}.lora_a" in params:
+        b = params[f"{name}.lora_b"]
+        lora = params[f"{name}.lora_a"].flatten(1), b.reshape(-1, b.shape[-1]), spec.lora.alpha / spec.lora.rank
     if f"{name}.basis" in params:
         basis, coef = params[f"{name}.basis"].flatten(1), params[f"{name}.coef"]
         z = ops.linear(x.reshape(*x.shape[:-1], -1, basis.shape[1]), basis)
@@ -346,11 +349,13 @@ def _linear(spec: Spec, params: Mapping[str, Tensor], x: Tensor, name: str, ops:
             y = ops.sparse_linear(x, weight, values, indices, bias)
         elif units := _stream_units(spec, name, weight):
             y = ops.group_linear(x, weight, bias, units, not name.endswith(ENDS))
+        elif lora:
+            y, lora = ops.lora_linear(x, weight, bias, *lora), None
         else:
             y = ops.linear(x, weight, bias)
-    if spec.lora and f"{name}.lora_a" in params:
-        a, b = params[f"{name}.lora_a"].flatten(1), params[f"{name}.lora_b"]
-        y = ops.add(y, ops.linear(ops.linear(x, a), b.reshape(-1, b.shape[-1])), spec.lora.alpha / spec.lora.rank)
+    if lora:
+        a, b, scale = lora
+        y = ops.add(y, ops.linear(ops.linear(x, a), b), scale)
     return y if spec.scale == 1 else ops.scale(y, 1 / spec.scale)
 
 

@@ -25,6 +25,7 @@ from lamina.kernels import (
     GroupLinear,
     HeadLoss,
     Leading,
+    LoraLinear,
     Mix,
     Patches,
     RmsNorm,
@@ -95,6 +96,12 @@ class Ops:
         if isinstance(weight, Packed):
             return cast(Tensor, PackedLinear.apply(x, weight, bias))
         return F.linear(x, weight, bias)
+
+    def lora_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        """X W^T + b + scale (x A^T) B^T."""
+        return cast(Tensor, LoraLinear.apply(x, weight, bias, a_RI, b_OR, scale))  # type: ignore[no-untyped-call]
 
     def group_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool

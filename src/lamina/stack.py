@@ -126,6 +126,12 @@ class Stacked(Ops):
         out_GNO = _Linears.apply(self._by_device(x), weight.value, biases)
         return cast(Tensor, out_GNO).view(*x.shape[:-1], -1)
 
+    def lora_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        """As three linear layers."""
+        return self.add(self.linear(x, weight, bias), self.linear(self.linear(x, a_RI), b_OR), scale)
+
     def group_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool
     ) -> Tensor:

@@ -74,19 +74,23 @@ class Width(Method):
     def plans(self, spec: Spec, turn: Turn, memory: Params) -> Iterator[Plan]:
         """All tensors at each width."""
         layout = model.layout(spec)
-        names = frozenset(layout.params)
+        names, whole = frozenset(layout.params), self.whole(spec, memory)
         for ratio, units in self.widths(spec).items():
             cut = {axis: count for axis, count in units.items() if count < layout.sizes[axis]}
             keep = {axis: self.keeps(axis, count, layout.sizes[axis], turn) for axis, count in cut.items()}
             label = f"width {Fraction(ratio).limit_denominator(1000)}"
-            yield Plan(names, names, keep, label, network=self.runs(spec, ratio))
+            yield Plan(names, names, keep, label, network=self.runs(spec, ratio / whole))
+
+    def whole(self, spec: Spec, memory: Params) -> float:
+        """The width of the network that is evaluated."""
+        return 1.0
 
     def keeps(self, axis: Axis, count: int, size: int, turn: Turn) -> Keep:
         """Which units of an axis a device holds; by default the first."""
         return Keep(count)
 
     def runs(self, spec: Spec, ratio: float) -> Spec | None:
-        """The device's network, if it is not simply the server's, cut."""
+        """The device's network, if it is not simply the server's, cut; `ratio` is of what is evaluated."""
         return None
 
 
@@ -181,11 +185,11 @@ class FederatedDropout(Width):
 class Scaled(Width):
     """What HeteroFL and what was built on it share: sliced heads, scaled outputs, and only the logits of own tokens.
 
-    In training, the outputs of the embeddings and of all linear layers in the blocks are divided by r, so that they are
-    about as large as those of the whole network.
+    In training, the outputs of the embeddings and of all linear layers in the blocks are divided by r over the width of
+    the network that is evaluated, so that they are about as large as there.
 
     Attributes:
-        scaler: Whether outputs are divided by r in training.
+        scaler: Whether outputs are divided in training by a device's width, as a part of what is evaluated.
         own_labels: Whether the logits of tokens that a device never has to predict are 0 in its loss, and its rows of
             these tokens, in embedding and head, do not count.
     """
@@ -240,10 +244,14 @@ class Nested(Width):
     """Widths of which each is the beginning of the wider ones: what nobody can train is not evaluated either."""
 
     def prepare(self, spec: Spec, params: Params, fleet: Fleet, turn: Turn) -> Params:
-        """Place of the widest plan that some device has."""
+        """Place of the width of the widest plan that some device has."""
         keeps = [plan.keep for plan in self.plans(spec, Turn(0, 0, 1), {})]
         taken = (plan for group in set(fleet.class_of) if (plan := fleet.plans[group]))
         return {"widest": torch.tensor(min(keeps.index(plan.keep) for plan in taken))}
+
+    def whole(self, spec: Spec, memory: Params) -> float:
+        """That width; 1 before it is known."""
+        return list(self.widths(spec))[int(memory["widest"])] if memory else 1.0
 
     def deploy(self, spec: Spec, params: Params, turn: Turn, memory: Params) -> tuple[Spec, Params]:
         """That width of the network, without a scaler."""
@@ -266,7 +274,8 @@ class HeteroFL(Scaled, Nested):
 
     **Source:** Diao, Ding and Tarokh, ICLR 2021, section 3; their code for what it does to Transformers: all heads
     stay, each sliced, the softmax has the temperature of the sliced head, and all devices count the same.
-    **Departs:** networks are those at hand, without their hidden layer before the logits. "inner" cuts whole heads and
+    **Departs:** networks are those at hand, without their hidden layer before the logits. Prices have the scaler for
+    all but width 1, also where the widest of the fleet is narrower and does without. "inner" cuts whole heads and
     feed-forward units and leaves the residual stream as it is; so heads are cut with "full" too where they have rotary
     positions, since dimensions i and i + K / 2 of a head turn together, or norms of queries and keys. A device also
     sends which tokens or classes are its own, a byte each. Clip the gradient at 1 (`local.clip`) as they do.
@@ -344,11 +353,11 @@ class Fjord(Nested):
         return spec
 
     def objective(self, job: Job) -> Objective:
-        """The device's widths, with or without distillation."""
+        """The device's widths; with distillation unless there is but one, which would teach itself."""
         plan = job.plan
         assert plan.network
         sizes = model.layout(plan.network).sizes
         own = {axis: plan.keep[axis].count if axis in plan.keep else size for axis, size in sizes.items()}
         widths = self.widths(plan.network).values()
         allowed = [units for units in widths if all(count <= own[axis] for axis, count in units.items())]
-        return Objective(widths=tuple(allowed), distill=self.distill)
+        return Objective(widths=tuple(allowed), distill=self.distill and len(allowed) > 1)

@@ -57,6 +57,8 @@ ALONE = {
 DEEP = ["caff, 6 blocks", "caff, 12 blocks", "lora-last-t, 12 blocks"]
 DEPTHS = (3, 6, 9, 12)
 LAST = ["caff", "lora-last-t"]
+TIGHT = [*LAST, *(name for name, _ in SHALLOW), "cocofl", "fedra", "fjord"]
+"""Those that fit the tightest budget."""
 NEAR = [*LAST, "cocofl", "slt", "hetlora", "adapters"]
 """Those whose distance from CAFF on images a learning rate of its own for the head may change."""
 WITHIN = [label for label in METHODS if label not in ("fedavg, no budgets", "fedavg, drop", "fjord")]
@@ -111,6 +113,9 @@ def of_equal_devices(task: str) -> dict[str, dict[str, Any]]:
         # Of three blocks, methods that cut a network cut less
         "half-three": half | {"labels": ["caff", *(label for label, (_, blocks) in ALONE.items() if blocks == 3)]},
         "fjord": half | {"labels": ["caff", "fjord"], "rates": "fjord-tuning"},
+        # With rates found at this budget, where others were found on a fleet some of whose devices train everything
+        "half-tuning": half | QUICK | {"labels": TIGHT, "grid": GRID},
+        "half-tuned": half | {"labels": TIGHT, "rates": "half-tuning"},
         "half-deep": half | deep,
         "one-deep": one | deep,
         "race": half | race | {"labels": [*LAST, "cocofl", "slt", "fedavg, no budgets"]},

@@ -106,7 +106,7 @@ def of_equal_devices(task: str) -> dict[str, dict[str, Any]]:
     deep = {"prefer": "deep", "depths": DEPTHS, "labels": WITHIN}
     race = {"rounds": ROUNDS[task], "eval_every": 4, "target": TARGET[task]}
     return {
-        "half": half | {"labels": [*WITHIN, *DEEP]},
+        "half": half | {"labels": [*WITHIN, *DEEP[1:]]},
         "one": one | {"labels": ["fedavg, no budgets", *WITHIN, *DEEP]},
         "six": {"fleet": one_class(f"{1.02 * six:.1f} MiB")} | larger,
         "nine": {"fleet": one_class(f"{1.02 * nine:.1f} MiB")} | larger,

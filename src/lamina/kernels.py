@@ -132,27 +132,37 @@ def _head_backward(
 
 
 class LoraLinear(torch.autograd.Function):
-    """`Ops.lora_linear`; both parts of the gradient of x are summed in one memory, and so are both outputs.
+    """`Ops.lora_linear`, and X A^T; both parts of the gradient of x are summed in one memory, and so are both outputs.
 
     As three linear layers, backward would have three tensors of the size of x at once: both parts and their sum.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | Packed, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
-    ) -> Tensor:
-        """Keeps x where W or A has a gradient, and x A^T where B has."""
-        _, of_weight, _, of_a, of_b, _ = ctx.needs_input_grad
+        x: Tensor, weight: Tensor | Packed, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The products."""
         z = F.linear(x, a_RI)
         out = F.linear(x, unpacked(weight), bias)
         out.flatten(0, -2).addmm_(z.flatten(0, -2), b_OR.T, alpha=scale)
-        ctx.save_for_backward(x if of_weight or of_a else None, z if of_b else None, a_RI, b_OR)
-        ctx.weight, ctx.scale = weight, scale
-        return out
+        return out, z
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keeps x where W or A has a gradient, and x A^T where B has."""
+        x, ctx.weight, _, a_RI, b_OR, ctx.scale = inputs
+        _, of_weight, _, of_a, of_b, _ = ctx.needs_input_grad
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if of_weight or of_a else None, output[1] if of_b else None, a_RI, b_OR)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Gradients of x, W, b, A and B."""
+        if gradient is None:
+            return (None,) * 6
         x, z, a_RI, b_OR = ctx.saved_tensors
         of_x, of_weight, of_bias, of_a, of_b = (None,) * 5
         g_NO, g_NR = gradient.flatten(0, -2), cast(Tensor, None)

@@ -101,7 +101,8 @@ class Ops:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
         """X W^T + b + scale (x A^T) B^T."""
-        return cast(Tensor, LoraLinear.apply(x, weight, bias, a_RI, b_OR, scale))  # type: ignore[no-untyped-call]
+        out, _ = LoraLinear.apply(x, weight, bias, a_RI, b_OR, scale)  # type: ignore[no-untyped-call]
+        return cast(Tensor, out)
 
     def group_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool

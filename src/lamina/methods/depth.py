@@ -95,8 +95,9 @@ class DepthFL(FromBelow):
     `depthfl` of Flower). FedDyn is Acar et al., ICLR 2021.
     **Departs:** T is a share of the rounds, since the paper's 300 (of 1000) are more than a finetuning run has. Exits
     start as copies of the pretrained norm and head, which shallow blocks were not trained for: at first the mean over
-    exits is worse than the pretrained network, which is what is evaluated before the first round. N counts the devices
-    that can take part. A tensor that nobody trained in a round stays, as does its h.
+    exits is worse than the pretrained network, which is what is evaluated before the first round; after it all exits
+    count, also those that no device is deep enough to train. N counts the devices that can take part. A tensor that
+    nobody trained in a round stays, as does its h.
 
     Attributes:
         every: There is an exit after every so many blocks, and one at the end.

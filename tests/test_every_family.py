@@ -69,7 +69,7 @@ class Examples:
 
 
 def plans(spec: Spec) -> dict[str, tuple[Spec, Plan]]:
-    """The last block, the upper two, everything, and low-rank additions to all linears, with the head."""
+    """The last block, the upper two, everything; low-rank additions to all linears, or of the last, with the head."""
     layout = model.layout(spec)
     names = frozenset(layout.params)
     lora = replace(spec, lora=Lora(2, 4.0, LINEARS))
@@ -80,10 +80,11 @@ def plans(spec: Spec) -> dict[str, tuple[Spec, Plan]]:
         "upper": (spec, Plan(names, layout.tail(2))),
         "everything": (spec, Plan(names, names)),
         "lora": (lora, Plan(frozenset(rows), added)),
+        "lora, last": (lora, Plan(frozenset(rows), added & model.layout(lora).tail(1))),
     }
 
 
-PLANS = ("last", "upper", "everything", "lora")
+PLANS = ("last", "upper", "everything", "lora", "lora, last")
 every_plan = pytest.mark.parametrize("which", PLANS)
 
 

@@ -151,7 +151,7 @@ class Duals(Ops):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
         """As three linear layers."""
-        return self.add(self.linear(x, weight, bias), self.linear(self.linear(x, a_RI), b_OR), scale)
+        return self.three_linears(x, weight, bias, a_RI, b_OR, scale)
 
     def group_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool

@@ -93,6 +93,8 @@ class Ledger(Accounts):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
         """Keeps what its three products do; backward has the gradient of x A^T besides, for x and A."""
+        if as_shape(a_RI).packed or as_shape(b_OR).packed:
+            return self.three_linears(x, weight, bias, a_RI, b_OR, scale)
         z = self._out((*x.shape[:-1], len(a_RI)), [x, a_RI], [])  # its node is but for the count
         for factors in ((x, weight), (x, a_RI), (z, b_OR)):
             self._products(*factors)

@@ -101,8 +101,16 @@ class Ops:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
         """X W^T + b + scale (x A^T) B^T."""
+        if isinstance(a_RI, Packed) or isinstance(b_OR, Packed):
+            return self.three_linears(x, weight, bias, a_RI, b_OR, scale)
         out, _ = LoraLinear.apply(x, weight, bias, a_RI, b_OR, scale)  # type: ignore[no-untyped-call]
         return cast(Tensor, out)
+
+    def three_linears(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        """The same of kernels that there are."""
+        return self.add(self.linear(x, weight, bias), self.linear(self.linear(x, a_RI), b_OR), scale)
 
     def group_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Sequence[int], by_rows: bool

@@ -18,10 +18,11 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class Run:
     after: Score | None = None
     own: Score | None = None
     seconds: float = 0.0
+    told: track.Trackers = field(default_factory=lambda: track.Trackers((), Path(), {}))
 
     @property
     def workers(self) -> int:
@@ -151,13 +153,13 @@ class Run:
         """
         torch.set_num_threads(1)  # the number of threads changes the last bits
         tick = time.perf_counter()
-        engine = engine or simulator(self.experiment, self.outlook, self.task.train, self.workers)
-        examples = [len(shard) for shard in self.task.train]
-        with track.trackers(self.experiment.track, self.folder, self.experiment.to_table()) as told:
+        with self.told:
+            engine = engine or simulator(self.experiment, self.outlook, self.task.train, self.workers)
+            examples = [len(shard) for shard in self.task.train]
             if self.before is None:
                 self.before = self.score()
                 tick = self._commit(tick)
-                track.tell(told, 0, self.before.accuracy(), {})
+                self.told.tell(0, self.before.accuracy(), {})
             while self.state.round < self.experiment.rounds:
                 self.state, rows = play_round(self.experiment, self.outlook, examples, engine, self.state, on_progress)
                 reused = engine.reused() if isinstance(engine, StackedEngine) else None
@@ -165,10 +167,10 @@ class Run:
                 self._append("rounds.jsonl", [asdict(row)])
                 self._append("devices.jsonl", [{"round": row.round} | self._readable(each) for each in rows])
                 tick = self._commit(tick)
-                track.tell(told, row.round, row.accuracy, asdict(row))
+                self.told.tell(row.round, row.accuracy, asdict(row))
                 on_round(row, rows)
-        self.own = self._personalised(on_progress)
-        return self._finish(tick)
+            self.own = self._personalised(on_progress)
+            return self._finish(tick)
 
     def _personalised(self, on_progress: Callable[[int, int], None]) -> Score | None:
         """Accuracy of the devices with networks of their own, if the method asks for them; begun anew after a stop."""
@@ -287,12 +289,17 @@ def start(experiment: Experiment, root: Path, name: str = "") -> Run:
     """Prepare a new run in a new folder under `root`, called `name` if given.
 
     Raises:
-        UserError: Nothing fits, or data or a network cannot be used; then no folder is left behind.
+        UserError: Nothing fits, or data, a network or a tracker cannot be used; then no folder is left behind.
     """
     run = _prepare(experiment)
     run.folder = _new_folder(experiment, root, name)
-    files.write(run.folder / "config.toml", toml.dump(_anchored(experiment).to_table()))
-    files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
+    try:
+        files.write(run.folder / "config.toml", toml.dump(_anchored(experiment).to_table()))
+        files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
+        run.told = track.Trackers(experiment.track, run.folder, experiment.to_table())
+    except Exception:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        raise
     return run
 
 
@@ -300,7 +307,8 @@ def resume(folder: Path) -> Run:
     """Take up the run in `folder` after its last complete round.
 
     Raises:
-        UserError: There is no run, it is finished, or its state is damaged or of another version.
+        UserError: There is no run, it is finished, its state is damaged or of another version, or a tracker cannot
+            begin.
     """
     demand_unfinished(folder)
     path = folder / "state.safetensors"
@@ -312,6 +320,7 @@ def resume(folder: Path) -> Run:
         _cut(folder / name, manifest["lengths"][name] if manifest else 0)
     for left_over in folder.glob(".state.safetensors.*"):
         left_over.unlink()
+    run.told = track.Trackers(run.experiment.track, folder, run.experiment.to_table())
     return run
 
 

@@ -13,7 +13,7 @@ import typer
 
 from lamina import files
 from lamina.deploy.cli import deploy
-from lamina.errors import UserError
+from lamina.errors import UserError, about_place
 
 if TYPE_CHECKING:
     from lamina.config import Experiment
@@ -312,8 +312,11 @@ def report(
     from lamina import report as reports
     from lamina.view import View
 
+    found = reports.read(folder)
+    for place in (out or folder / "report.html", *([figures / "figure.svg"] if figures else [])):
+        files.demand_place(place)
     page = reports.write(folder, out)
-    drawn = reports.figures(reports.read(folder), figures) if figures else []
+    drawn = reports.figures(found, figures) if figures else []
     if show:
         webbrowser.open(page.resolve().as_uri())
     if as_json:
@@ -376,6 +379,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a full disk, a folder that went away
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except OSError as error:
+        told = about_place(error)
+        print(f"error: {told or error}", file=sys.stderr)
+        sys.exit(2 if told else 1)  # 1: a full disk, a folder that went away

@@ -39,7 +39,7 @@ from lamina.data.task import Task
 from lamina.engines import Engine
 from lamina.engines.simulator import kernels, simulator
 from lamina.engines.stacked import StackedEngine
-from lamina.errors import UserError
+from lamina.errors import UserError, about_place
 from lamina.experiment import Outlook, load_task, look_ahead
 from lamina.job import Turn
 from lamina.layout import Params
@@ -375,13 +375,15 @@ def _prepare(experiment: Experiment) -> Run:
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = root / unused_name(experiment, root, name)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as error:
-        raise UserError(f"run folders cannot go to {root}: {error.strerror}") from error
-    while True:
-        folder = root / unused_name(experiment, root, name)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
+        if told := about_place(error):
+            raise UserError(f"run folders cannot go to {root}: {told}") from error
+        raise
 
 
 def unused_name(experiment: Experiment, root: Path, name: str = "") -> str:

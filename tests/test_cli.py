@@ -9,13 +9,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import Table, begin, lines, memory, outcome, write_world
 
-from lamina import cli, config, files, machine, run, server, tables, toml
+from lamina import __version__, cli, config, files, machine, run, server, tables, toml
+from lamina.deploy.cli import deploy
 from lamina.errors import UserError
 from lamina.experiment import load_task, look_ahead
 from lamina.explain import explain
@@ -59,6 +61,10 @@ def lamina(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return stop.value.code, *capsys.readouterr()
 
     return call
+
+
+def takes_json(command: Any) -> bool:
+    return "as_json" in signature(command.callback).parameters
 
 
 def short_text(table: Table, folder: Path) -> None:
@@ -603,6 +609,19 @@ def test_a_class_over_an_ignored_budget_says_so(file: Path, lamina: Call) -> Non
     code, out, _ = lamina("plan", file, *settings)
     assert code == 0
     assert "over its memory" in out
+
+
+def test_version(lamina: Call) -> None:
+    assert lamina("--version") == (0, f"lamina {__version__}\n", "")
+    assert "Federated finetuning of small pretrained" in lamina("--help")[1]
+
+
+def test_the_page_on_json_names_the_commands_that_print_it() -> None:
+    """All, and of `lamina deploy` only `run`."""
+    assert all(map(takes_json, cli.app.registered_commands))
+    names = [getattr(each.callback, "__name__", "") for each in deploy.registered_commands if takes_json(each)]
+    page = (Path(__file__).parents[1] / "docs" / "json.md").read_text(encoding="utf-8")
+    assert names == ["run"] and "Every command takes `--json`; of `lamina deploy` only `run` does" in page
 
 
 def test_nothing_after_the_sign_unsets_a_key(file: Path, lamina: Call) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina import files
+from lamina import __version__, files
 from lamina.deploy.cli import deploy
 from lamina.errors import UserError, about_place
 
@@ -27,6 +27,22 @@ app = typer.Typer(
 )
 
 app.add_typer(deploy, name="deploy")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lamina {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What goes without a verb."""
+
 
 File = Annotated[Path, typer.Argument(help="TOML file.", show_default=False)]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: local.lr=0.001.")]

@@ -57,6 +57,8 @@ from lamina.turn import generator
 
 SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/3"
 _LINES = ("rounds.jsonl", "devices.jsonl")
+_FREE = {"name", "workers", "track", "device", "networks", "task.path", "task.test_path", "clock.availability"}
+"""Keys of config.toml that may be edited after a stop: they change no result, or what they name is checked itself."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Run:
     after: Score | None = None
     own: Score | None = None
     seconds: float = 0.0
+    settings: dict[str, str] = field(default_factory=dict)
     told: track.Trackers = field(default_factory=lambda: track.Trackers((), Path(), {}))
 
     @property
@@ -232,6 +235,7 @@ class Run:
             "seconds": self.seconds,
             "lengths": {name: _length(self.folder / name) for name in _LINES},
             "sha256": _digest(tensors),
+            "settings": self.settings,
             "task_sha256": self.task.digest,
             "availability_sha256": self.outlook.availability.digest,
         }
@@ -296,6 +300,7 @@ def start(experiment: Experiment, root: Path, name: str = "") -> Run:
     try:
         files.write(run.folder / "config.toml", toml.dump(_anchored(experiment).to_table()))
         files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
+        run.settings = _settings(run.folder)
         run.told = track.Trackers(experiment.track, run.folder, experiment.to_table())
     except Exception:
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -331,7 +336,7 @@ def planned(folder: Path) -> Run:
         UserError: Its config.toml cannot be used.
     """
     run = _prepare(config.load_experiment(folder / "config.toml"))
-    run.folder = folder
+    run.folder, run.settings = folder, _settings(folder)
     return run
 
 
@@ -396,6 +401,7 @@ def unused_name(experiment: Experiment, root: Path, name: str = "") -> str:
 def _restore(run: Run, manifest: dict[str, Any]) -> None:
     if manifest.get("schema") != STATE_SCHEMA:
         raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
+    _demand_settings(run, manifest.get("settings", run.settings))
     if manifest["task_sha256"] != run.task.digest:
         raise UserError(f"the data is not what it was when the run in {run.folder} was stopped")
     if manifest["availability_sha256"] != run.outlook.availability.digest:
@@ -411,6 +417,28 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
     scores = {when: Score(*tensors[f"score:{when}"].numpy()) for when in manifest["scores"]}
     run.before, run.after = scores["before"], scores.get("after")
     run.seconds = manifest["seconds"]
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """What config.toml sets but for `_FREE`, as JSON; without defaults, which another version may have more of."""
+    found = toml.flat(toml.read(folder / "config.toml"))
+    return {key: json.dumps(value, default=str) for key, value in found if key not in _FREE}
+
+
+def _demand_settings(run: Run, begun: dict[str, str]) -> None:
+    """Refuse a run whose config.toml is not what it began with.
+
+    Raises:
+        UserError: Naming what was changed.
+    """
+    keys = sorted(key for key in begun.keys() | run.settings.keys() if begun.get(key) != run.settings.get(key))
+    if keys:
+        changes = [f"{key} was {begun.get(key, 'not set')}, is {run.settings.get(key, 'not set')}" for key in keys]
+        path = run.folder / "config.toml"
+        raise UserError(
+            f"{path} was edited after the run had begun: {'; '.join(changes)}; put it back to go on with the run, or"
+            f" begin another with: lamina run {path}"
+        )
 
 
 def _accuracies(before: Score, after: Score) -> dict[str, dict[str, float]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from lamina import toml
 from lamina.errors import UserError
 
 Name = Literal["tensorboard", "mlflow", "wandb"]
@@ -140,7 +141,7 @@ class Trackers:
         Raises:
             UserError: One cannot begin, and why; the others are closed.
         """
-        flat = dict(_flat(settings))
+        flat = dict(toml.flat(settings))
         self._made: dict[Name, Tracker] = {}
         for key, value in _PATIENCE.items() if names else ():
             os.environ.setdefault(key, value)
@@ -197,11 +198,3 @@ def _reason(error: Exception) -> str:
     """What an error says, on one line and not too long; its kind where it says nothing."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said.rstrip(".") if len(said) <= _REASON else f"{said[:_REASON]} ..."
-
-
-def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield before + key, value

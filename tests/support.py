@@ -259,7 +259,7 @@ def outcome(folder: Path) -> Table:
         "rounds": [line | {"seconds": None, "prefix_reused": None} for line in lines(folder / "rounds.jsonl")],
         "devices": lines(folder / "devices.jsonl"),
         "state": bits(load_file(folder / "state.safetensors")),
-        "manifest": {key: value for key, value in manifest.items() if key not in ("seconds", "lengths")},
+        "manifest": {key: value for key, value in manifest.items() if key not in ("seconds", "lengths", "settings")},
         "model": (folder / "model" / checkpoint.WEIGHTS).read_bytes(),
     }
 

@@ -1,16 +1,23 @@
 """The command line: exit codes, one line for bad input, JSON alone where JSON was asked for."""
 
+import builtins
+import errno
 import json
+import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import Table, begin, lines, memory, outcome, write_world
 
-from lamina import cli, config, files, machine, run, server, tables, toml
+from lamina import __version__, cli, config, files, machine, run, server, tables, toml
+from lamina.deploy.cli import deploy
 from lamina.errors import UserError
 from lamina.experiment import load_task, look_ahead
 from lamina.explain import explain
@@ -35,6 +42,14 @@ def file(world: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def done(world: Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    made = begin(world | {"rounds": 1}, tmp_path_factory.mktemp("done"))
+    made.play()
+    return made.folder
+
+
 @pytest.fixture
 def lamina(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Exit code, standard output and standard error of the command with some arguments."""
@@ -46,6 +61,10 @@ def lamina(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return stop.value.code, *capsys.readouterr()
 
     return call
+
+
+def takes_json(command: Any) -> bool:
+    return "as_json" in signature(command.callback).parameters
 
 
 def short_text(table: Table, folder: Path) -> None:
@@ -156,6 +175,94 @@ def test_run_takes_a_file_or_a_folder(arguments: list[str], lamina: Call) -> Non
 
 def test_an_out_folder_that_is_a_file_is_refused(file: Path, lamina: Call) -> None:
     one_line(lamina("run", file, "--out", file), "tiny.toml")
+
+
+PLACES: dict[str, tuple[list[str], str]] = {
+    "run below a file": (
+        ["run", "FILE", "--out", "FILE/runs"],
+        "FILE/runs is below a file, which is no folder; name an",
+    ),
+    "page in a folder": (["report", "RUN", "--out", "DIR"], "DIR is a folder, not a file; name a file"),
+    "page below a file": (
+        ["report", "RUN", "--out", "FILE/x.html"],
+        "FILE is in the way: it is no folder; name another",
+    ),
+    "figures in a file": (
+        ["report", "RUN", "--out", "OUT/x.html", "--figures", "FILE"],
+        "FILE is in the way: it is no",
+    ),
+    "export below a file": (
+        ["export", "RUN", "--out", "FILE/x"],
+        "FILE is in the way: it is no folder; name another pl",
+    ),
+    "import below a file": (
+        ["import", "DIR/tiny-2", "--out", "FILE"],
+        "FILE is in the way: it is no folder; name anoth",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), PLACES.values(), ids=list(PLACES))
+def test_places_that_cannot_be_written_to(
+    arguments: list[str], message: str, done: Path, file: Path, world: Table, lamina: Call, tmp_path: Path
+) -> None:
+    """One line with the path that was given; nothing else is written either."""
+    names = {"FILE": file, "RUN": done, "DIR": Path(world["task"]["path"]).parent, "OUT": tmp_path / "out"}
+
+    def named(text: str) -> str:
+        return re.sub("|".join(names), lambda found: str(names[found[0]]), text)
+
+    one_line(lamina(*map(named, arguments)), named(message))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "arguments"),
+    [
+        (tempfile, "mkstemp", ["report", "RUN"]),
+        (tempfile, "mkdtemp", ["export", "RUN"]),
+        (Path, "read_text", ["report", "RUN"]),
+        (Path, "mkdir", ["run", "FILE", "--out", "OUT"]),
+        (builtins, "open", ["run", "--resume", "STOPPED"]),
+    ],
+    ids=["report", "export", "unreadable", "run", "resume"],
+)
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS], ids=["denied", "read-only"])
+def test_places_that_are_read_only(
+    place: Any,
+    name: str,
+    arguments: list[str],
+    code: int,
+    done: Path,
+    file: Path,
+    lamina: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped, out = begin(config.load_experiment(file).to_table(), tmp_path).folder, tmp_path / "out"
+    out.mkdir()
+    names, real = {"RUN": done, "FILE": file, "STOPPED": stopped, "OUT": out}, getattr(place, name)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        within = Path(kwargs["dir"]) if "dir" in kwargs else Path(str(args[0])).parent
+        if within in names.values():
+            raise OSError(code, os.strerror(code), f"{within}/.temporary" if "dir" in kwargs else str(args[0]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, refuse)
+    said = lamina(*(str(names.get(each, each)) for each in arguments))
+    monkeypatch.undo()
+    one_line(said, "permission is denied; allow it" if code == errno.EACCES else "is on a file system that cannot be")
+    assert ".temporary" not in said[2]
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(done: Path, lamina: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    code, out, err = lamina("report", done)
+    assert (code, out) == (1, "") and err.count("\n") == 1 and f"No space left on device: '{done}/report.html'" in err
 
 
 def test_short_text_for_pretraining_is_refused(lamina: Call, tmp_path: Path) -> None:
@@ -502,6 +609,19 @@ def test_a_class_over_an_ignored_budget_says_so(file: Path, lamina: Call) -> Non
     code, out, _ = lamina("plan", file, *settings)
     assert code == 0
     assert "over its memory" in out
+
+
+def test_version(lamina: Call) -> None:
+    assert lamina("--version") == (0, f"lamina {__version__}\n", "")
+    assert "Federated finetuning of small pretrained" in lamina("--help")[1]
+
+
+def test_the_page_on_json_names_the_commands_that_print_it() -> None:
+    """All, and of `lamina deploy` only `run`."""
+    assert all(map(takes_json, cli.app.registered_commands))
+    names = [getattr(each.callback, "__name__", "") for each in deploy.registered_commands if takes_json(each)]
+    page = (Path(__file__).parents[1] / "docs" / "json.md").read_text(encoding="utf-8")
+    assert names == ["run"] and "Every command takes `--json`; of `lamina deploy` only `run` does" in page
 
 
 def test_nothing_after_the_sign_unsets_a_key(file: Path, lamina: Call) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,33 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
         files.write(path, "new")
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_an_error_tells_of_the_file_that_was_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", *args)
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(PermissionError) as caught:
+        files.write(tmp_path / "file", "new")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "file"), None)
+
+
+def test_a_place_is_tried_before_there_is_work_done(tmp_path: Path) -> None:
+    files.demand_place(tmp_path / "a" / "file")
+    assert not any((tmp_path / "a").iterdir())
+    for place, named, error in (
+        (tmp_path / "a", tmp_path / "a", IsADirectoryError),
+        (Path(__file__) / "file", Path(__file__), FileExistsError),
+    ):
+        for use in (files.demand_place, partial(files.write, content="new")):
+            with pytest.raises(error) as caught:
+                use(place)
+            assert caught.value.filename == str(named)
+    assert not any((tmp_path / "a").iterdir())
 
 
 def test_a_name_is_given_to_whole_and_synced_content_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import Table, begin, bits, lines, memory, moved, outcome, write_world
 from transformers import GPT2LMHeadModel  # type: ignore[import-not-found, unused-ignore]
 
@@ -257,6 +258,30 @@ def test_states_of_another_version_or_network_are_refused(world: Table, tmp_path
     path.write_bytes(path.read_bytes().replace(run.STATE_SCHEMA.encode(), b"lamina.state/9"))
     with pytest.raises(UserError, match=r"has state 'lamina\.state/9'; this version reads 'lamina\.state/3'"):
         resume(folder)
+
+
+def test_settings_edited_after_a_stop_are_refused(world: Table, tmp_path: Path) -> None:
+    """Those that change the result; folders of versions that did not record them still go on."""
+    folder = stopped(world, tmp_path)
+    path, state = folder / "config.toml", folder / "state.safetensors"
+    text = path.read_text()
+    path.write_text(text.replace("lr = 0.02", "lr = 0.5"))
+    with pytest.raises(UserError) as caught:
+        resume(folder)
+    assert str(caught.value) == (
+        f"{path} was edited after the run had begun: local.lr was 0.02, is 0.5; put it back to go on with the run, or"
+        f" begin another with: lamina run {path}"
+    )
+    path.write_text(text.replace("eval_every = 2\n", "").replace("rounds = 3", "rounds = 4"))
+    with pytest.raises(UserError, match="begun: eval_every was 2, is not set; rounds was 3, is 4; put it back"):
+        resume(folder)
+    path.write_text("# the same\n" + text.replace("workers = 1", "workers = 2"))
+    assert resume(folder).experiment.workers == 2
+    path.write_text(text.replace("lr = 0.02", "lr = 0.5"))
+    manifest, tensors = checkpoint.read_manifest(state), load_file(state)
+    del manifest["settings"]
+    save_file(tensors, state, {"manifest": json.dumps(manifest)})
+    assert resume(folder).experiment.local.lr == 0.5
 
 
 def test_what_cannot_be_resumed(finished: Path, tmp_path: Path) -> None:

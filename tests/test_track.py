@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ from support import begin, write_world
 
 from lamina import track
 from lamina.errors import UserError
+from lamina.run import resume
 
 
 class Calls:
@@ -25,7 +29,10 @@ class Calls:
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
             self.calls.append((name, arguments, named))
-            return self.known.get(name, self)
+            known = self.known.get(name, self)
+            if isinstance(known, Exception):
+                raise known
+            return known
 
         return call
 
@@ -44,8 +51,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Calls]:
     }
     for name, module in found.items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
+    known = [name for name in os.environ if name.startswith(("MLFLOW_", "WANDB_"))]
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in known})
     return found
 
 
@@ -68,7 +75,7 @@ def test_a_run_tells_its_rounds(packages: dict[str, Calls], tmp_path: Path) -> N
     assert sent == [(("r1", "up_bytes", row["up_bytes"]), {"step": row["round"]}) for row in rows]
     assert (("r1", "local.lr", "0.02"), {}) in mlflow.named("log_param")
     assert mlflow.named("MlflowClient") == [((), {"tracking_uri": f"sqlite:///{run.folder.resolve() / 'mlflow.db'}"})]
-    assert mlflow.named("set_terminated") == [(("r1",), {})]
+    assert mlflow.named("set_terminated") == [(("r1", "FINISHED"), {})]
 
     ((_, named),) = wandb.named("init")
     assert (named["mode"], named["dir"], named["name"]) == ("offline", str(run.folder), run.folder.name)
@@ -86,9 +93,78 @@ def test_the_result_is_the_same_without(packages: dict[str, Calls], tmp_path: Pa
 
 
 def test_trackers_are_closed_after_an_error(packages: dict[str, Calls], tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), track.trackers(["tensorboard", "wandb"], tmp_path, {}):
+    with pytest.raises(ZeroDivisionError), track.Trackers(["tensorboard", "wandb"], tmp_path, {}):
         raise ZeroDivisionError
     assert packages["torch.utils.tensorboard"].named("close") and packages["wandb"].named("finish")
+
+
+@pytest.mark.parametrize(
+    "name, call", [("mlflow", "create_experiment"), ("wandb", "init"), ("tensorboard", "add_text")]
+)
+def test_a_tracker_that_cannot_begin_is_refused(
+    name: str, call: str, packages: dict[str, Calls], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a line, with its own reason; nothing is left of a new run, a run that goes on is left as it was."""
+    table = write_world(tmp_path, rounds=2, track=[])
+    (tmp_path / "runs").mkdir()
+    stopped = begin(table | {"track": ["tensorboard", name]}, tmp_path / "runs")
+    broken = packages.get(name) or packages["torch.utils.tensorboard"]
+    broken.known[call] = RuntimeError(f"no server\n  answers {'x' * 999}")
+    with pytest.raises(UserError) as caught:
+        begin(table | {"track": ["wandb", name]}, tmp_path / "runs")
+    said = str(caught.value)
+    assert re.fullmatch(
+        rf"{name} cannot track the run: no server answers x+ \.\.\.; check .*, or leave {name} out .*", said
+    )
+    assert len(said) < 600
+    assert list((tmp_path / "runs").iterdir()) == [stopped.folder]
+    assert packages["wandb"].named("finish") == ([] if name == "wandb" else [((), {"exit_code": 1})])
+    with pytest.raises(UserError, match=f"^{name} cannot track"):
+        resume(stopped.folder)
+    assert (stopped.folder / "config.toml").exists()
+
+
+def test_a_tracker_that_fails_later_is_left_out(
+    packages: dict[str, Calls], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(write_world(tmp_path, rounds=3, track=["mlflow", "wandb"]), tmp_path / "runs")
+    summary = run.play(lambda row, devices: packages["mlflow"].known.update(log_metric=OSError("server is gone.\n")))
+    assert summary["totals"]["rounds"] == 3 and len(packages["wandb"].named("log")) == 4
+    reason = "mlflow is not told of the run any more: server is gone; the run goes on, and its folder has all numbers"
+    assert capsys.readouterr().err == f"warning: {reason}\n"
+    assert packages["mlflow"].named("set_terminated") == []
+
+
+@pytest.mark.parametrize(
+    "error, ended, code", [(None, "FINISHED", 0), (ValueError(), "FAILED", 1), (KeyboardInterrupt(), "KILLED", 1)]
+)
+def test_trackers_know_how_a_run_ended(
+    error: BaseException | None, ended: str, code: int, packages: dict[str, Calls], tmp_path: Path
+) -> None:
+    run = begin(write_world(tmp_path, rounds=1, track=["mlflow", "wandb"]), tmp_path / "runs")
+
+    def stop(row: Any, devices: Any) -> None:
+        if error:
+            raise error
+
+    with pytest.raises(type(error)) if error else nullcontext():
+        run.play(stop)
+    assert packages["mlflow"].named("set_terminated") == [(("r1", ended), {})]
+    assert packages["wandb"].named("finish") == [((), {"exit_code": code})]
+
+
+def test_trackers_do_not_wait_long_for_a_server(
+    packages: dict[str, Calls], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    track.Trackers(["mlflow"], tmp_path, {})
+    assert [os.environ[f"MLFLOW_HTTP_REQUEST_{name}"] for name in ("TIMEOUT", "MAX_RETRIES")] == ["7", "1"]
+
+
+def test_the_database_is_in_the_run_folder_whatever_its_name(packages: dict[str, Calls], tmp_path: Path) -> None:
+    track.Trackers(["mlflow"], tmp_path / "what? 100%41", {})
+    ((_, named),) = packages["mlflow"].named("MlflowClient")
+    assert named["tracking_uri"] == f"sqlite:///{tmp_path.resolve()}/what%3F 100%2541/mlflow.db"
 
 
 def test_what_the_environment_says_goes_first(
@@ -96,7 +172,7 @@ def test_what_the_environment_says_goes_first(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
-    with track.trackers(["mlflow", "wandb"], tmp_path, {}):
+    with track.Trackers(["mlflow", "wandb"], tmp_path, {}):
         pass
     assert packages["wandb"].named("init")[0][1]["mode"] == "disabled"
     assert packages["mlflow"].named("MlflowClient")[0][1] == {"tracking_uri": "sqlite:///elsewhere.db"}

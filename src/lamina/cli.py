@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina import files
+from lamina import __version__, files
 from lamina.deploy.cli import deploy
-from lamina.errors import UserError
+from lamina.errors import UserError, about_place
 
 if TYPE_CHECKING:
     from lamina.config import Experiment
@@ -27,6 +27,22 @@ app = typer.Typer(
 )
 
 app.add_typer(deploy, name="deploy")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lamina {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What goes without a verb."""
+
 
 File = Annotated[Path, typer.Argument(help="TOML file.", show_default=False)]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: local.lr=0.001.")]
@@ -312,8 +328,11 @@ def report(
     from lamina import report as reports
     from lamina.view import View
 
+    found = reports.read(folder)
+    for place in (out or folder / "report.html", *([figures / "figure.svg"] if figures else [])):
+        files.demand_place(place)
     page = reports.write(folder, out)
-    drawn = reports.figures(reports.read(folder), figures) if figures else []
+    drawn = reports.figures(found, figures) if figures else []
     if show:
         webbrowser.open(page.resolve().as_uri())
     if as_json:
@@ -376,6 +395,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a full disk, a folder that went away
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except OSError as error:
+        told = about_place(error)
+        print(f"error: {told or error}", file=sys.stderr)
+        sys.exit(2 if told else 1)  # 1: a full disk, a folder that went away

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,15 +23,15 @@ _MARK = ".at-work"
 def write(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     """Replace `path` by `content` atomically: temporary file beside it, fsync, rename, fsync of the folder."""
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        with _named(path):
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -40,6 +41,13 @@ def write(path: Path, content: bytes | str, mode: int = 0o644) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def demand_place(path: Path) -> None:
+    """Make the folder of a file, and raise the OSError that `write` would raise there, before there is work done."""
+    handle, temporary = _temporary(path)
+    os.close(handle)
+    os.unlink(temporary)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,7 +72,8 @@ def new_folder(path: Path, replaces: str | None = None) -> Iterator[Path]:
         if not (path / replaces).is_file() or path.is_symlink():
             raise UserError(f"{path} is not replaced: it is no folder with a {replaces}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with _named(path):
+        made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield made
         made.chmod(0o755)
@@ -138,6 +147,25 @@ def is_locked(folder: Path) -> bool:
             return False
     except UserError:
         return True
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, open, in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with _named(path):
+        return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError in this tells of `path`, not of the temporary file beside it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _lock(handle: int) -> None:

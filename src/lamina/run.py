@@ -18,10 +18,11 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from lamina.data.task import Task
 from lamina.engines import Engine
 from lamina.engines.simulator import kernels, simulator
 from lamina.engines.stacked import StackedEngine
-from lamina.errors import UserError
+from lamina.errors import UserError, about_place
 from lamina.experiment import Outlook, load_task, look_ahead
 from lamina.job import Turn
 from lamina.layout import Params
@@ -56,6 +57,8 @@ from lamina.turn import generator
 
 SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/3"
 _LINES = ("rounds.jsonl", "devices.jsonl")
+_FREE = {"name", "workers", "track", "device", "networks", "task.path", "task.test_path", "clock.availability"}
+"""Keys of config.toml that may be edited after a stop: they change no result, or what they name is checked itself."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class Run:
     after: Score | None = None
     own: Score | None = None
     seconds: float = 0.0
+    settings: dict[str, str] = field(default_factory=dict)
+    told: track.Trackers = field(default_factory=lambda: track.Trackers((), Path(), {}))
 
     @property
     def workers(self) -> int:
@@ -151,13 +156,13 @@ class Run:
         """
         torch.set_num_threads(1)  # the number of threads changes the last bits
         tick = time.perf_counter()
-        engine = engine or simulator(self.experiment, self.outlook, self.task.train, self.workers)
-        examples = [len(shard) for shard in self.task.train]
-        with track.trackers(self.experiment.track, self.folder, self.experiment.to_table()) as told:
+        with self.told:
+            engine = engine or simulator(self.experiment, self.outlook, self.task.train, self.workers)
+            examples = [len(shard) for shard in self.task.train]
             if self.before is None:
                 self.before = self.score()
                 tick = self._commit(tick)
-                track.tell(told, 0, self.before.accuracy(), {})
+                self.told.tell(0, self.before.accuracy(), {})
             while self.state.round < self.experiment.rounds:
                 self.state, rows = play_round(self.experiment, self.outlook, examples, engine, self.state, on_progress)
                 reused = engine.reused() if isinstance(engine, StackedEngine) else None
@@ -165,10 +170,10 @@ class Run:
                 self._append("rounds.jsonl", [asdict(row)])
                 self._append("devices.jsonl", [{"round": row.round} | self._readable(each) for each in rows])
                 tick = self._commit(tick)
-                track.tell(told, row.round, row.accuracy, asdict(row))
+                self.told.tell(row.round, row.accuracy, asdict(row))
                 on_round(row, rows)
-        self.own = self._personalised(on_progress)
-        return self._finish(tick)
+            self.own = self._personalised(on_progress)
+            return self._finish(tick)
 
     def _personalised(self, on_progress: Callable[[int, int], None]) -> Score | None:
         """Accuracy of the devices with networks of their own, if the method asks for them; begun anew after a stop."""
@@ -230,6 +235,7 @@ class Run:
             "seconds": self.seconds,
             "lengths": {name: _length(self.folder / name) for name in _LINES},
             "sha256": _digest(tensors),
+            "settings": self.settings,
             "task_sha256": self.task.digest,
             "availability_sha256": self.outlook.availability.digest,
         }
@@ -287,12 +293,18 @@ def start(experiment: Experiment, root: Path, name: str = "") -> Run:
     """Prepare a new run in a new folder under `root`, called `name` if given.
 
     Raises:
-        UserError: Nothing fits, or data or a network cannot be used; then no folder is left behind.
+        UserError: Nothing fits, or data, a network or a tracker cannot be used; then no folder is left behind.
     """
     run = _prepare(experiment)
     run.folder = _new_folder(experiment, root, name)
-    files.write(run.folder / "config.toml", toml.dump(_anchored(experiment).to_table()))
-    files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
+    try:
+        files.write(run.folder / "config.toml", toml.dump(_anchored(experiment).to_table()))
+        files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
+        run.settings = _settings(run.folder)
+        run.told = track.Trackers(experiment.track, run.folder, experiment.to_table())
+    except Exception:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        raise
     return run
 
 
@@ -300,7 +312,8 @@ def resume(folder: Path) -> Run:
     """Take up the run in `folder` after its last complete round.
 
     Raises:
-        UserError: There is no run, it is finished, or its state is damaged or of another version.
+        UserError: There is no run, it is finished, its state is damaged or of another version, or a tracker cannot
+            begin.
     """
     demand_unfinished(folder)
     path = folder / "state.safetensors"
@@ -312,6 +325,7 @@ def resume(folder: Path) -> Run:
         _cut(folder / name, manifest["lengths"][name] if manifest else 0)
     for left_over in folder.glob(".state.safetensors.*"):
         left_over.unlink()
+    run.told = track.Trackers(run.experiment.track, folder, run.experiment.to_table())
     return run
 
 
@@ -322,7 +336,7 @@ def planned(folder: Path) -> Run:
         UserError: Its config.toml cannot be used.
     """
     run = _prepare(config.load_experiment(folder / "config.toml"))
-    run.folder = folder
+    run.folder, run.settings = folder, _settings(folder)
     return run
 
 
@@ -366,13 +380,15 @@ def _prepare(experiment: Experiment) -> Run:
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = root / unused_name(experiment, root, name)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as error:
-        raise UserError(f"run folders cannot go to {root}: {error.strerror}") from error
-    while True:
-        folder = root / unused_name(experiment, root, name)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
+        if told := about_place(error):
+            raise UserError(f"run folders cannot go to {root}: {told}") from error
+        raise
 
 
 def unused_name(experiment: Experiment, root: Path, name: str = "") -> str:
@@ -385,6 +401,7 @@ def unused_name(experiment: Experiment, root: Path, name: str = "") -> str:
 def _restore(run: Run, manifest: dict[str, Any]) -> None:
     if manifest.get("schema") != STATE_SCHEMA:
         raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
+    _demand_settings(run, manifest.get("settings", run.settings))
     if manifest["task_sha256"] != run.task.digest:
         raise UserError(f"the data is not what it was when the run in {run.folder} was stopped")
     if manifest["availability_sha256"] != run.outlook.availability.digest:
@@ -400,6 +417,28 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
     scores = {when: Score(*tensors[f"score:{when}"].numpy()) for when in manifest["scores"]}
     run.before, run.after = scores["before"], scores.get("after")
     run.seconds = manifest["seconds"]
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """What config.toml sets but for `_FREE`, as JSON; without defaults, which another version may have more of."""
+    found = toml.flat(toml.read(folder / "config.toml"))
+    return {key: json.dumps(value, default=str) for key, value in found if key not in _FREE}
+
+
+def _demand_settings(run: Run, begun: dict[str, str]) -> None:
+    """Refuse a run whose config.toml is not what it began with.
+
+    Raises:
+        UserError: Naming what was changed.
+    """
+    keys = sorted(key for key in begun.keys() | run.settings.keys() if begun.get(key) != run.settings.get(key))
+    if keys:
+        changes = [f"{key} was {begun.get(key, 'not set')}, is {run.settings.get(key, 'not set')}" for key in keys]
+        path = run.folder / "config.toml"
+        raise UserError(
+            f"{path} was edited after the run had begun: {'; '.join(changes)}; put it back to go on with the run, or"
+            f" begin another with: lamina run {path}"
+        )
 
 
 def _accuracies(before: Score, after: Score) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -120,6 +120,15 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
     for key in values:
         if key not in names:
             raise UserError(f"{where}: unknown key {key!r}; {nearest(key, names)}")
+
+
+def flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys, those of tables within as `local.lr`, and values."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{before}{key}.")
+        else:
+            yield before + key, value
 
 
 def dump(table: Mapping[str, Any]) -> str:

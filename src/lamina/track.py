@@ -1,22 +1,39 @@
 """What a run tells experiment trackers: the numbers of each round, as they come. All work offline.
 
 A tracker is told after the round is safe on disk. The files of the run folder are the record, and nothing is read back:
-a run that goes on after a stop begins a new MLflow or W&B run of the same name.
+a run that goes on after a stop begins a new MLflow or W&B run of the same name. A tracker that cannot begin is refused;
+one that fails later is left out from then on, and the run goes on.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from lamina import toml
 from lamina.errors import UserError
 
 Name = Literal["tensorboard", "mlflow", "wandb"]
+Ended = Literal["FINISHED", "FAILED", "KILLED"]
 _MODULES: dict[Name, str] = {"tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
+_CURES: dict[Name, str] = {
+    "tensorboard": "check that the run folder can be written to",
+    "mlflow": "check MLFLOW_TRACKING_URI; without it the run folder is written to",
+    "wandb": "check WANDB_MODE and `wandb login`; without WANDB_MODE the run folder is written to, offline",
+}
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; its own default is 120
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its own default is 7, each after a longer pause
+    "WANDB_INIT_TIMEOUT": "30",
+}
+"""How long trackers wait for a server that does not answer, unless the environment says."""
+
+_REASON = 300  # most characters of what a tracker says
 _NUMBERS = ("loss", "updates", "up_bytes", "down_bytes", "flops", "seconds", "clock_seconds", "prefix_reused")
 
 
@@ -26,8 +43,8 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Take the numbers of a round; step 0 is before the first."""
 
-    def close(self) -> None:
-        """Write what is left."""
+    def close(self, ended: Ended) -> None:
+        """Write what is left, and say how the run ended."""
 
 
 class TensorBoard:
@@ -43,7 +60,7 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Write what is left."""
         self._writer.close()
 
@@ -53,7 +70,8 @@ class MLflow:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Begin a run of the experiment `lamina`, with the settings as parameters."""
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        file = str(folder.resolve() / "mlflow.db").replace("%", "%25").replace("?", "%3F")
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{file}"
         self._client = import_module(_MODULES["mlflow"]).MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name("lamina")
         experiment = found.experiment_id if found else self._client.create_experiment("lamina")
@@ -66,9 +84,9 @@ class MLflow:
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=step)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Say that the run is over."""
-        self._client.set_terminated(self._run)
+        self._client.set_terminated(self._run, ended)
 
 
 class Wandb:
@@ -84,9 +102,9 @@ class Wandb:
         """Take the numbers of a round."""
         self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Write what is left."""
-        self._run.finish()
+        self._run.finish(exit_code=int(ended != "FINISHED"))
 
 
 _TRACKERS: dict[Name, type[TensorBoard] | type[MLflow] | type[Wandb]] = {
@@ -109,43 +127,74 @@ def demand(names: Sequence[Name]) -> None:
             raise UserError(f"track = [{name!r}] needs a package that is not here: pip install {name}") from error
 
 
-@contextmanager
-def trackers(names: Sequence[Name], folder: Path, settings: Mapping[str, Any]) -> Iterator[list[Tracker]]:
-    """The trackers of a run while it goes on.
+class Trackers:
+    """The trackers of a run while it goes on; on leaving they are told how it ended."""
 
-    Args:
-        names: Which, each once.
-        folder: Of the run.
-        settings: Tables of the experiment; keys within become `local.lr`.
-    """
-    flat = dict(_flat(settings))
-    with ExitStack() as held:
-        made: list[Tracker] = []
+    def __init__(self, names: Sequence[Name], folder: Path, settings: Mapping[str, Any]) -> None:
+        """Begin with each.
+
+        Args:
+            names: Which, each once.
+            folder: Of the run.
+            settings: Tables of the experiment; keys within become `local.lr`.
+
+        Raises:
+            UserError: One cannot begin, and why; the others are closed.
+        """
+        flat = dict(toml.flat(settings))
+        self._made: dict[Name, Tracker] = {}
+        for key, value in _PATIENCE.items() if names else ():
+            os.environ.setdefault(key, value)
         for name in dict.fromkeys(names):
-            made.append(_TRACKERS[name](folder, flat))
-            held.callback(made[-1].close)
-        yield made
+            try:
+                self._made[name] = _TRACKERS[name](folder, flat)
+            except Exception as error:  # a tracker raises what it likes
+                self._close("FAILED")
+                cure = f"{_CURES[name]}, or leave {name} out of track"
+                raise UserError(f"{name} cannot track the run: {_reason(error)}; {cure}") from error
+
+    def tell(self, step: int, accuracy: Mapping[str, float] | None, row: Mapping[str, Any]) -> None:
+        """Log what is known of a round.
+
+        Args:
+            step: The round; 0 is before the first.
+            accuracy: As in summary.json, if it was evaluated.
+            row: As in rounds.jsonl.
+        """
+        values = {name: float(row[name]) for name in _NUMBERS if row.get(name) is not None}
+        values |= {f"accuracy/{kind}": value for kind, value in (accuracy or {}).items()}
+        values |= {"rejected": float(len(row["rejected"]))} if "rejected" in row else {}
+        self._each(lambda tracker: tracker.log(values, step))
+
+    def __enter__(self) -> Trackers:
+        """Nothing more is needed."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Tell each how the run ended: finished, failed, or stopped by who runs it."""
+        self._close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _close(self, ended: Ended) -> None:
+        self._each(lambda tracker: tracker.close(ended))
+        self._made.clear()
+
+    def _each(self, do: Callable[[Tracker], None]) -> None:
+        """Do that with each; one that fails is left out from then on."""
+        for name, tracker in list(self._made.items()):
+            try:
+                do(tracker)
+            except Exception as error:  # a tracker raises what it likes, and no run is worth less for it
+                del self._made[name]
+                print(
+                    f"warning: {name} is not told of the run any more: {_reason(error)}; the run goes on, and its"
+                    " folder has all numbers",
+                    file=sys.stderr,
+                )
 
 
-def tell(told: Sequence[Tracker], step: int, accuracy: Mapping[str, float] | None, row: Mapping[str, Any]) -> None:
-    """Log what is known of a round.
-
-    Args:
-        told: Who is told.
-        step: The round; 0 is before the first.
-        accuracy: As in summary.json, if it was evaluated.
-        row: As in rounds.jsonl.
-    """
-    values = {name: float(row[name]) for name in _NUMBERS if row.get(name) is not None}
-    values |= {f"accuracy/{kind}": value for kind, value in (accuracy or {}).items()}
-    values |= {"rejected": float(len(row["rejected"]))} if "rejected" in row else {}
-    for each in told:
-        each.log(values, step)
-
-
-def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield before + key, value
+def _reason(error: Exception) -> str:
+    """What an error says, on one line and not too long; its kind where it says nothing."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said.rstrip(".") if len(said) <= _REASON else f"{said[:_REASON]} ..."

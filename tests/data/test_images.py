@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -402,6 +403,19 @@ def test_empty_classes(tmp_path: Path) -> None:
     (tmp_path / "fine_label_names.txt").write_text("\n".join([*NAMES, "fox", "owl"]), encoding="utf-8")
     assert (
         refusal(Images(path=str(tmp_path)).read) == f"2 of the 5 classes of {tmp_path} have no training image: fox, owl"
+    )
+
+
+def test_names_of_classes_that_are_no_text(tmp_path: Path) -> None:
+    write_classes(tmp_path / "a", TRAIN)
+    os.mkdir(os.fsencode(tmp_path / "a") + b"/x\xff")
+    assert refusal(Images(path=str(tmp_path / "a")).read) == (
+        f"{tmp_path}/a has a folder 'x\\udcff', whose name is not UTF-8 text; give it another name"
+    )
+    write_sheets(tmp_path, "train", noise(100))
+    (tmp_path / "set_classes.json").write_text('["a",\n"\\ud83d"]', encoding="utf-8")
+    assert f"{tmp_path}/set_classes.json, line 2: \\ud83d is half a char" in refusal(
+        Images(path=f"{tmp_path}/set").read
     )
 
 

@@ -28,6 +28,7 @@ def columns(rows: Rows) -> dict[str, list[object]]:
     return {name: list(values) for name, values in rows.columns.items()}
 
 
+HALF = "is half a character (a surrogate without its other half), which no text can have; remove it, or write both"
 EXPECTED = {"text": ["a, b", "c\nd"], "label": ["x", "y"]}
 OBJECTS = [{"text": "a, b", "label": "x"}, {"text": "c\nd", "label": "y"}]
 FORMS = {
@@ -189,6 +190,8 @@ def test_texts_and_names() -> None:
         ("a.jsonl", '{"text": "a"}\n3\n', "PATH, row 2 must be an object or [text, label], got an integer"),
         ("a.json", "[[", "PATH is not JSON: Expecting value: line 1 column 3 (char 2)"),
         ("a.json", "[" * 100_000, "PATH is not JSON: "),
+        ("a.json", '[["\\ud83d\\ude00 \\\\ud83d", "b"],\n["a", "x\\uD83D"]]', f"PATH, line 2: \\uD83D {HALF}"),
+        ("a.jsonl", '["a", "\\\\\\\\"]\n\n["a", "\\ude00\\ud83d"]', f"PATH, line 3: \\ude00 {HALF}"),
         ("a.json", '["a"]', "PATH, row 1 must be an object or [text, label], got text"),
         ("a.json", '{"train": ["a"]}', "PATH, part 'train', row 1 must be an object or [text, label], got text"),
         ("a.json", "3", "PATH must hold a list of rows, an object of such lists by part, or of texts by user"),

@@ -330,6 +330,12 @@ def test_devices_that_do_not_fit_are_refused(fields: dict[str, Any], groups: lis
         ),
         ("a.json", b"{}", '{path} must hold one JSON object of texts by role, {{"play|ROLE": "text"}}'),
         ("a.json", b'{"p|R": "\xe9"}', "{path} is not UTF-8 text: byte 9 cannot be decoded"),
+        (
+            "a.json",
+            b'{"p|R": "text",\n "p|\\ud83d": "text"}',
+            "{path}, line 2: \\ud83d is half a character (a surrogate without its other half), which no text can have;"
+            " remove it, or write both halves",
+        ),
         ("a.txt", b"text", "{path} is of an unknown kind: the name must end in .json or .json.xz"),
         (
             "a.json.xz",

@@ -14,6 +14,7 @@ import numpy as np
 
 from lamina.data.decoding import ENDINGS, Encoded, common_side, decode, head, read_all, stack
 from lamina.data.pictures import Pictures
+from lamina.data.text import demand_characters
 from lamina.errors import UserError
 
 TESTS = ("test", "val", "validation")
@@ -195,7 +196,9 @@ def sheets(path: Path) -> Source | None:
     if not names_path.is_file():
         return None
     try:
-        names = json.loads(names_path.read_text(encoding="utf-8"))
+        content = names_path.read_text(encoding="utf-8")
+        demand_characters(content, names_path)
+        names = json.loads(content)
     except (OSError, ValueError) as error:
         raise UserError(f"{names_path} cannot be read as JSON: {error}") from error
     if isinstance(names, dict):
@@ -231,8 +234,16 @@ def folders(path: Path) -> Source | None:
 
 
 def _subfolders(path: Path) -> dict[str, Path]:
-    """Sub-folders by name, in the order of their names; hidden ones are left alone."""
-    return {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and not each.name.startswith(".")}
+    """Sub-folders by name, in the order of their names; hidden ones are left alone.
+
+    Raises:
+        UserError: A name is not UTF-8.
+    """
+    found = {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and not each.name.startswith(".")}
+    for name in found:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise UserError(f"{path} has a folder {name!r}, whose name is not UTF-8 text; give it another name")
+    return found
 
 
 def _files(path: Path, names: tuple[str, ...]) -> Files:

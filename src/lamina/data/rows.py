@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamina.data.text import decode_utf8, read_bytes, read_text
+from lamina.data.text import decode_utf8, demand_characters, read_bytes, read_text
 from lamina.errors import UserError, nearest
 
 TEXTS = ("text", "sentence", "utterance", "query", "question", "content", "document", "review", "message", "tweet")
@@ -138,6 +138,7 @@ def _read(path: Path) -> dict[str, Rows]:
     kind = path.name.removesuffix(".xz").rpartition(".")[2]
     if kind in ("csv", "tsv"):
         return {"": _csv(content, str(path), "," if kind == "csv" else "\t")}
+    demand_characters(content, path)
     if kind == "jsonl":
         lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
         return {"": _table((_json(line, f"{path}, line {number}") for number, line in lines), str(path))}

@@ -23,7 +23,7 @@ import numpy as np
 from lamina import tokens
 from lamina.data import split, windows
 from lamina.data.task import Task
-from lamina.data.text import ALPHABET, decode_utf8, encode, normalise, read_bytes
+from lamina.data.text import ALPHABET, decode_utf8, demand_characters, encode, normalise, read_bytes
 from lamina.data.windows import Windows
 from lamina.errors import UserError
 from lamina.files import digest
@@ -256,6 +256,7 @@ def read_roles(path: str | Path) -> dict[str, str]:
         UserError: The file is missing, of another kind, damaged, not JSON, or of another shape.
     """
     content = decode_utf8(read_bytes(path, (".json", ".json.xz")), path)
+    demand_characters(content, path)
     try:
         roles = json.loads(content)
     except json.JSONDecodeError as error:

@@ -143,12 +143,13 @@ class Task:
     def validating(self, share: float) -> Task:
         """The last `share` of everyone's training examples in the place of the test examples.
 
-        `mix` stays that of all training examples. Where windows of text overlap, those at the cut do as well.
+        The number is rounded up, but everyone keeps a training example: who has a single one is not tested. `mix` stays
+        that of all training examples. Where windows of text overlap, those at the cut do as well.
         """
 
         def cut(device: int, last: bool) -> Shard:
             count = len(self.train[device])
-            at = count - math.ceil(count * share)
+            at = max(min(count, 1), count - math.ceil(count * share))
             return Part(self.train[device], range(at, count) if last else range(at))
 
         return replace(

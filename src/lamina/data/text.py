@@ -22,6 +22,7 @@ ALPHABET: str = UNKNOWN + "".join(map(chr, range(32, 127)))  # 96 symbols; the t
 _IDS = bytes(code - 31 if 32 <= code < 127 else 0 for code in range(256))  # [ASCII code] -> token id
 _CODES = np.array([0, *range(32, 127)], np.uint8)  # [token id] -> ASCII code, 0 for UNKNOWN
 
+_ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.")  # of JSON; the group: half a pair
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _NOT_ASCII_RUN = re.compile(r"[^\x00-\x7f]+")
 
@@ -116,6 +117,25 @@ def decode_utf8(content: bytes, path: str | Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
+
+
+def demand_characters(content: str, path: str | Path) -> None:
+    """Refuse JSON with an escape that is half a surrogate pair, which is no character and cannot be written as UTF-8.
+
+    Args:
+        content: Of the file.
+        path: Of the file.
+
+    Raises:
+        UserError: There is one; the message says in which line.
+    """
+    for found in _ESCAPE.finditer(content):
+        if found[1]:
+            line = content.count("\n", 0, found.start()) + 1
+            raise UserError(
+                f"{path}, line {line}: {found[1]} is half a character (a surrogate without its other half), which no"
+                " text can have; remove it, or write both halves"
+            )
 
 
 def _plain(run: re.Match[str]) -> str:

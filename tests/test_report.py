@@ -226,12 +226,29 @@ def test_the_page_of_a_run(folder: Path) -> None:
     assert NASTY in page.text and "late" in page.text
     assert (
         "caff on n-2 fits 2 of 3 device classes. Accuracy went from 20.0% to 60.0% (+40.0 points, mean over devices) "
-        "in 3 rounds, for 6.0 MiB sent and 4.0 GFLOP computed by the devices; 4 of 12 devices sat out." in page.text
+        "in 3 rounds, for 6.0 MiB sent and 4.0 GFLOP computed by the devices; 4 of 12 devices sat out; 5 of 6 "
+        "updates counted." in page.text
     )
     assert "small4 devicesthe cheapest plan needs 30.0 MiB of memory (there are 10.0 MiB)" in page.text
     assert "big1 updatenot counted: late" in page.text
     for name in ("prefers-color-scheme: dark", "@media print"):
         assert name in (folder / "report.html").read_text()
+
+
+def test_updates_that_did_not_count_are_told_without_their_reasons(folder: Path, summary: Table) -> None:
+    """As of the recorded runs, which have no devices.jsonl."""
+    (folder / "devices.jsonl").unlink()
+    summary["classes"] = summary["classes"][:2]
+    summary["totals"] |= {"updates": 75, "rejected_updates": 45, "abandoned_rounds": 2}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = alone(read(folder).html())
+    assert "; no device sat out; 75 of 120 updates counted, 2 of 3 rounds abandoned." in page.text
+    assert "of any class45 updatesnot counted: the reasons are not recorded here" in page.text
+    assert "Nobody" not in page.text
+    summary["totals"] |= {"rejected_updates": 0, "abandoned_rounds": 0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = alone(read(folder).html())
+    assert "; no device was left out." in page.text and "Nobody: every class has a plan" in page.text
 
 
 def test_curves_lie_where_the_numbers_are(summary: Table) -> None:
@@ -401,6 +418,14 @@ def test_methods_are_compared_on_the_seeds_that_both_have(collected: Table) -> N
         "one seed: differences may be chance"
         in answers.of_comparison(collected | {"methods": [method("alone", [0.3], MIB), rows[NASTY]]})[0]
     )
+
+
+def test_a_comparison_tells_of_updates_that_did_not_count(collected: Table) -> None:
+    collected["methods"][0]["totals"] |= {"updates": 84.5, "rejected_updates": 35.5}
+    collected["methods"][3]["totals"] |= {"updates": 0, "rejected_updates": 12.0, "abandoned_rounds": 3.0}
+    said = answers.of_comparison(collected)
+    told = "good (84.5 of 120 updates counted), poor (0 of 12 updates counted, 3 of 3 rounds abandoned)"
+    assert f"Not every update was used: {told}." in said
 
 
 def test_what_each_method_is(collected: Table) -> None:

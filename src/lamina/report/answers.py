@@ -30,13 +30,16 @@ def of_run(summary: Row) -> str:
     devices = sum(row["devices"] for row in classes)
     before, after = (summary["accuracy"][when]["mean_over_devices"] for when in ("before", "after"))
     took = f", {duration(totals['clock_seconds'])} of virtual time" if totals.get("clock_seconds") else ""
-    left = f"{out} of {_count(devices, 'device')} sat out" if out else "no device was left out"
+    counted = _counted(totals)
+    left = (
+        f"{out} of {_count(devices, 'device')} sat out" if out else f"no device {'sat' if counted else 'was left'} out"
+    )
     return (
         f"{summary['method']} on {summary['network']['chosen']} fits {len(fits)} of "
         f"{_count(len(classes), 'device class')}. "
         f"Accuracy went from {before:.1%} to {after:.1%} ({100 * (after - before):+.1f} points, mean over devices) in "
         f"{_count(totals['rounds'], 'round')}, for {human('bytes', totals['up_bytes'])} sent and "
-        f"{human('flops', totals['flops'])} computed by the devices{took}; {left}."
+        f"{human('flops', totals['flops'])} computed by the devices{took}; {'; '.join(filter(None, (left, counted)))}."
     )
 
 
@@ -68,9 +71,21 @@ def of_comparison(collected: Row) -> list[str]:
     if partial := [row for row in fair[1:] if row["took_part"] < 1]:
         parts = (f"{_names([row])} ({1 - row['took_part']:.0%})" for row in partial)
         said.append(f"Leave devices out: {_listed(parts)}.")
+    if lost := [f"{_names([row])} ({counted})" for row in done if (counted := _counted(row["totals"]))]:
+        said.append(f"Not every update was used: {_listed(lost)}.")
     if misfits := [row for row in collected["methods"] if row.get("misfit")]:
         said.append(f"Have no plan within the budgets: {_names(misfits)}.")
     return said
+
+
+def _counted(totals: Row) -> str:
+    """How many of the updates were used, and how many rounds were abandoned; empty where all went well."""
+    rejected, abandoned = totals.get("rejected_updates", 0), totals.get("abandoned_rounds", 0)
+    if not rejected and not abandoned:
+        return ""
+    rounds = f", {_number(abandoned)} of {_count(totals['rounds'], 'round')} abandoned" if abandoned else ""
+    used = totals["updates"]
+    return f"{_number(used)} of {_count(used + rejected, 'update')} counted{rounds}"
 
 
 def _cost(row: Row) -> str:
@@ -152,12 +167,20 @@ def _listed(given: Iterable[str]) -> str:
     return ", ".join(said if len(said) <= _MOST + 1 else [*said[:_MOST], f"and {len(said) - _MOST} more"])
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}" + (("es" if name.endswith("s") else "s") if number != 1 else "")
+def _number(value: float) -> str:
+    """A count, or a mean of counts."""
+    return f"{round(value, 1):,}".removesuffix(".0")
+
+
+def _count(number: float, name: str) -> str:
+    return f"{_number(number)} {name}" + (("es" if name.endswith("s") else "s") if number != 1 else "")
 
 
 def left_out(summary: Row, tally: Tally) -> Table | None:
-    """Which classes sat out and what they lack for the cheapest plan; which updates did not count, and why."""
+    """Which classes sat out and what they lack for the cheapest plan; which updates did not count, and why.
+
+    The reasons are those of the tally; where it lacks some, as without devices.jsonl, the totals say how many.
+    """
     rows = [
         (
             row["name"],
@@ -172,6 +195,8 @@ def left_out(summary: Row, tally: Tally) -> Table | None:
         if rejected:
             reasons[name, rejected] += count
     rows += [(name, _count(count, "update"), f"not counted: {why}") for (name, why), count in sorted(reasons.items())]
+    if (unknown := summary["totals"].get("rejected_updates", 0) - reasons.total()) > 0:
+        rows.append(("of any class", _count(unknown, "update"), "not counted: the reasons are not recorded here"))
     return Table("Who was left out, and why", ("class", "how many", "why"), rows, left=3) if rows else None
 
 

@@ -306,6 +306,7 @@ def test_memory_adds_up_to_the_peak_beside_the_budget(summary: Table, folder: Pa
     bars = [each for each in tree(chart).iter("rect") if "hit" in each.get("class", "")]
     ends = [float(each.get("x", "")) + float(each.get("width", "")) for each in bars]
     assert along(chart, [10, 40, 10, 44, 5, 20, 7.5, 30], ends, "x")
+    assert chart.svg.count("sits out") == 1
     limits = [float(e.get("x1", "")) for e in tree(chart).iter("line") if e.get("class") == "limit"]
     assert along(chart, [50, 50, 10], limits, "x")
     assert [each[0].text for each in bars][:3] == [
@@ -472,6 +473,59 @@ def test_the_setting_of_a_comparison(collected: Table) -> None:
         "3 rounds, task noise, devices in a round 5, batches of 8.",
     ]
     assert answers.setting(collected | {"methods": collected["methods"][-1:]}) == []
+
+
+def outside(chart: Chart) -> list[str]:
+    """What of a chart lies outside it, and numbers of an axis that do not rise to the right."""
+    root = tree(chart)
+    _, _, wide, high = map(float, root.get("viewBox", "").split())
+    found, axes = [], dict[str, list[tuple[float, float]]]()
+    for each in root.iter("text"):
+        said = "".join(each.itertext()) if not len(each) else each[0].tail or ""
+        x, y, size = (
+            float(each.get("x", "")),
+            float(each.get("y", "")),
+            sum(5.0 if c < "\u2e80" else 12.0 for c in said),
+        )
+        start = x - {"start": 0.0, "middle": size / 2, "end": size}[each.get("text-anchor", "")]
+        if start < 0 or start + size > wide or not 0 < y < high:
+            found.append(said)
+        if each.get("text-anchor") == "middle" and re.fullmatch(r"[\d.]+", said):
+            axes.setdefault(each.get("y", ""), []).append((x, float(said)))
+    found += [f"width {each.get('width')}" for each in root.iter("rect") if float(each.get("width", "")) < 0]
+    return found + [str(each) for each in axes.values() if len(each) > 1 and each[0] >= each[-1]]
+
+
+@pytest.mark.parametrize(
+    ("words", "length"), [("name ", 1), ("name ", 28), ("name ", 90), ("name ", 400), ("名前", 30)]
+)
+def test_charts_hold_names_of_any_length_and_number(words: str, length: int, collected: Table, summary: Table) -> None:
+    names = [f"{words * 80}"[:length] + f" {i}" for i in range(26)]
+    good = collected["methods"][0]
+    rows = [good | {"classes": [good["classes"][0] | {"name": name} for name in names[:8]]} for _ in names]
+    methods = [row | {"label": name, "network": name} for row, name in zip(rows, names, strict=True)]
+    runs = {name: [(summary, ROUNDS)] for name in names}
+    made = contrast.of_comparison(collected | {"methods": methods}, runs)
+    assert len(made) == 9
+    for row, name in zip(summary["classes"], names, strict=False):
+        row["name"] = name
+    made += charts.of_run(summary, ROUNDS, charts.Tally({(1, "big", (0,), None): 2}))
+    assert {chart.title: found for chart in made if (found := outside(chart))} == {}
+    full = [each.text for chart in made for each in tree(chart).iter("title")]
+    assert set(names) <= set(full) or length < 40
+    long = "caff, batch_size 4, lr 0.001"
+    assert marks.short(long) == long and marks.short(long, 82) == "caff,…0.001" and marks.short(long, 1) == "…"
+
+
+def test_panels_of_many_classes_are_in_several_rows(collected: Table) -> None:
+    row = collected["methods"][0]
+    row |= {"classes": [row["classes"][0] | {"name": f"class {i}"} for i in range(8)]}
+    chart = contrast.fairness([row])
+    assert chart
+    first, *_, last = (points(chart, f"class {i}:")[0] for i in range(8))
+    assert first[1] < last[1]
+    labels = [each for each in tree(chart).iter("text") if each.text == "good"]
+    assert len(labels) == 2
 
 
 @pytest.mark.skipif(not (os.environ.get("CHROMIUM") or shutil.which("chromium")), reason="needs chromium")

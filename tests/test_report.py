@@ -412,6 +412,13 @@ def test_methods_are_compared_on_the_seeds_that_both_have(collected: Table) -> N
     assert "Level" not in first and first.endswith("Next: theirs (-2.0±0.0 points).")
     (first, *_) = answers.of_comparison(collected | {"methods": [ours, method("theirs", [0.28], MIB)]})
     assert first.endswith("Next: theirs (-2.0 points).")
+    (first, *_) = answers.of_comparison(collected | {"methods": [ours, method("theirs", [0.3 - 1e-12], MIB)]})
+    assert first.endswith("Level with that: theirs (+0.0).")
+    a, b = method("a", [0.3, 0.5], MIB), method("b", [0.2796, 0.4804], MIB)  # -2.000 ± 0.057, then -0.0004 ± 0.0001
+    assert answers.of_comparison(collected | {"methods": [a, b]})[0].endswith("Next: b (-2.0±0.1 points).")
+    b = method("b", [0.29995, 0.49997], MIB)
+    (first, *_) = answers.of_comparison(collected | {"methods": [a, b]})
+    assert first.endswith("of the differences over seeds: b (+0.0±0.0).")
     apart = method("apart", [0.1], MIB) | {"seeds": [7]}
     (first, *_) = answers.of_comparison(collected | {"methods": [ours, apart]})
     assert "apart" not in first

@@ -171,7 +171,7 @@ def outcome(summary: Mapping[str, Any]) -> Table:
 
     def scores(found: Mapping[str, Any], kind: str) -> tuple[str, ...]:
         before, after = found["before"][kind], found["after"][kind]
-        return f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
+        return f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+z.1f} points"
 
     nothing = [""] * 4
     rows = [(f"all, {text}", *nothing, *scores(summary["accuracy"], kind)) for kind, text in _KINDS.items()]
@@ -340,7 +340,7 @@ def _race(done: Sequence[Mapping[str, Any]], target: float) -> Table:
 
 def percent(found: Mapping[str, Any], sign: str = "") -> str:
     """A share, or with sign "+" a difference, as mean and, over several seeds, standard deviation: "56.2±0.2"."""
-    return f"{100 * found['mean']:{sign}.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
+    return f"{100 * found['mean']:{sign}z.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
 
 
 def contest(result: Mapping[str, Any]) -> Table:

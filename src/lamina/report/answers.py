@@ -37,7 +37,7 @@ def of_run(summary: Row) -> str:
     return (
         f"{summary['method']} on {summary['network']['chosen']} fits {len(fits)} of "
         f"{_count(len(classes), 'device class')}. "
-        f"Accuracy went from {before:.1%} to {after:.1%} ({100 * (after - before):+.1f} points, mean over devices) in "
+        f"Accuracy went from {before:.1%} to {after:.1%} ({100 * (after - before):+z.1f} points, mean over devices) in "
         f"{_count(totals['rounds'], 'round')}, for {human('bytes', totals['up_bytes'])} sent and "
         f"{human('flops', totals['flops'])} computed by the devices{took}; {'; '.join(filter(None, (left, counted)))}."
     )
@@ -103,15 +103,21 @@ def _after(row: Row) -> Row:
 
 
 def _others(rows: Sequence[Row], found: Callable[[Row], Row]) -> Iterator[str]:
-    """Who is level with the first of `rows`, and who is the next: by differences on the seeds that both have."""
+    """Who is level with the first of `rows`, and who is the next: by differences on the seeds that both have.
+
+    The rule goes by the numbers as they are shown; with one seed it is level that shows no difference.
+    """
     first, *rest = rows
     gaps = [(row, gap) for row in rest if (gap := _gap(row, first, found))]
     told: dict[bool, list[str]] = {True: [], False: []}  # by whether it is level
     for row, gap in gaps:
-        level = -fmean(gap) <= (stdev(gap) if len(gap) > 1 else 0)
+        mean, std = (round(100 * value, 1) for value in (fmean(gap), stdev(gap) if len(gap) > 1 else 0.0))
+        level = -mean <= std
         told[level].append(f"{_names([row])} ({_points(gap)}{'' if level else ' points'})")
     if told[True]:
-        yield f"Level with that, within a standard deviation of the differences over seeds: {_listed(told[True])}."
+        several = any(len(gap) > 1 for _, gap in gaps)
+        within = ", within a standard deviation of the differences over seeds" if several else ""
+        yield f"Level with that{within}: {_listed(told[True])}."
     if told[False]:
         yield f"{'Behind' if told[True] else 'Next'}: {told[False][0]}."
 

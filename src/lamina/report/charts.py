@@ -98,7 +98,7 @@ def gains(summary: Row) -> Chart | None:
 
 def _gain(row: Row, before: float, after: float) -> str:
     out = "" if row["plan"] else ", takes no part"
-    return f"{before:.1%} → {after:.1%}  ({100 * (after - before):+.1f} points{out})"
+    return f"{before:.1%} → {after:.1%}  ({100 * (after - before):+z.1f} points{out})"
 
 
 def picture(classes: Sequence[Row]) -> Chart | None:

@@ -571,6 +571,14 @@ def test_on_the_command_line(folder: Path, tmp_path: Path, lamina: Call, monkeyp
     assert code == 2 and err.startswith(f"error: {folder / 'summary.json'} is not JSON: ") and err.count("\n") == 1
 
 
+def test_names_that_would_command_a_terminal_are_shown_without(folder: Path, summary: Table, tmp_path: Path) -> None:
+    summary["name"] = summary["classes"][0]["name"] = "a\x1b[31m\x00\x9b\ud800\uffff"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for path in figures(read(folder), tmp_path / "figures"):
+        ElementTree.parse(path)
+    assert "a\ufffd[31m\ufffd" in write(folder).read_text(encoding="utf-8")
+
+
 def test_folders_of_something_else_are_refused(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no summary\.json, as a finished run has, and no compare\.json"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
 
+from lamina.table import printable
 from lamina.units import duration, human, unit
 
 COLOURS, SHAPES = 8, 3
@@ -231,7 +232,7 @@ def drawing(width: float, height: float, label: str, *parts: str) -> str:
     """The whole of a chart; `label` says in words what it shows."""
     return tag(
         "svg",
-        "".join(parts),
+        printable("".join(parts)),
         viewBox=f"0 0 {_written(float(width))} {_written(float(height))}",
         width=float(width),
         role="img",

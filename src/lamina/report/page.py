@@ -16,7 +16,7 @@ from lamina import files, tables
 from lamina.errors import UserError
 from lamina.report import answers, charts, contrast
 from lamina.report.marks import Chart
-from lamina.table import Table
+from lamina.table import Table, printable
 
 Row = Mapping[str, Any]
 MEASURED = "plan-measured.json"
@@ -64,7 +64,7 @@ class Report:
         folded = "".join(
             f"<details><summary>{escape(k)}</summary><pre>{escape(v)}</pre></details>" for k, v in self.folded.items()
         )
-        return (
+        return printable(
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n"

@@ -538,7 +538,7 @@ def test_panels_of_many_classes_are_in_several_rows(collected: Table) -> None:
 @pytest.mark.skipif(not (os.environ.get("CHROMIUM") or shutil.which("chromium")), reason="needs chromium")
 @pytest.mark.parametrize("name", ["study/shakespeare-half", "demo"])
 def test_a_browser_draws_the_page(name: str, tmp_path: Path) -> None:
-    """Every chart has marks, no text is cut off, and the browser has nothing to complain about, wide and narrow."""
+    """Every chart has marks, no text is cut off or tiny, and the browser does not complain, wide and narrow."""
     look = runpy.run_path(str(ROOT / "scripts" / "look_at_report.py"))
     page = write(ROOT / "records" / name, tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 4

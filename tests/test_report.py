@@ -627,6 +627,28 @@ def test_labels_keep_clear_of_each_other() -> None:
     assert marks.spread([], 10, 0, 10) == []
 
 
+def test_axes_and_bars_of_shares_stay_between_none_and_all(collected: Table, summary: Table) -> None:
+    assert [marks.padded(each) for each in ([0.0], [1.0, 0.5], [0.5])] == [(0, 1), (0.46, 1), (0.46, 0.54)]
+    low, high = method("low", [0.0, 0.3], MIB, worst=0.005), method("high", [0.8, 1.0], MIB)
+    ends = [(row | {"accuracy": scores(value, value)}, value) for row in ROUNDS for value in (0.0, 0.3)]
+    runs = {"low": [(summary, [row for row, each in ends if each == value]) for value in (0.0, 0.3)]}
+    made = contrast.of_comparison(collected | {"methods": [low, high]}, runs)
+    for chart, shape in (("ranking", "polyline"), ("fairness", "polyline"), ("learning-round", "polygon")):
+        axis, anchor = ("y", "end") if shape == "polygon" else ("x", "middle")
+        numbers = [each for each in tree(named(made, chart)).iter("text") if each.get("text-anchor") == anchor]
+        assert {each.text for each in numbers if (each.text or "").startswith("-")} == set()
+        places = [
+            float(pair.split(",")[axis == "y"])
+            for each in tree(named(made, chart)).iter(shape)
+            if (each.get("class") or "").startswith(("line", "band"))
+            for pair in each.get("points", "").split()
+        ]
+        if chart == "ranking":
+            assert along(named(made, chart), [90 - 14.142, 100, 0, 15 + 21.213], places, "x")
+        if chart == "learning-round":
+            assert along(named(made, chart), [0], [max(places)], "y")
+
+
 def test_a_scale_keeps_its_ends() -> None:
     scale = marks.Scale(10, 20, 300, 100)
     assert [scale(10), scale(15), scale(20)] == [300, 200, 100]

@@ -77,7 +77,7 @@ def ranking(methods: Sequence[Row]) -> Chart:
     done = ranked(methods)
     rest = [(i, row) for i, row in enumerate(methods) if not row["seeds"]]
     before = [row["accuracy"]["before"]["mean_over_devices"]["mean"] for _, row in done]
-    edges = [m + s * sign for _, row in done for m, s in (mean_accuracy(row),) for sign in (-1, 1)]
+    edges = [edge for _, row in done for edge in marks.about(*mean_accuracy(row))]
     several = len({row["network"] for _, row in done}) > 1
     said = {index: _said(row, several) for index, row in done}
     left, right, wide = marks.between((row["label"] for row in methods), said.values())
@@ -110,7 +110,7 @@ def _said(row: Row, several: bool) -> str:
 
 def _placed(index: int, row: Row, said: str, x: Scale, at: float) -> str:
     mean, std = mean_accuracy(row)
-    bar = marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}") if std else ""
+    bar = marks.line([(x(edge), at) for edge in marks.about(mean, std)], f"line {colour(index)}") if std else ""
     return bar + marks.point(x(mean), at, f"{row['label']}: {said}", index, hollow=over_budget(row))
 
 
@@ -164,7 +164,7 @@ def fairness(methods: Sequence[Row]) -> Chart | None:
     done = ranked(methods)
     rows = [by_class(row) for _, row in done]
     values = [
-        each["mean"] + sign * (each["std"] or 0.0) for row in rows for _, each, _ in row if each for sign in (-1, 1)
+        edge for row in rows for _, each, _ in row if each for edge in marks.about(each["mean"], each["std"] or 0)
     ]
     if not values:
         return None
@@ -197,7 +197,7 @@ def _panel(x: Scale, top: float, rows: Sequence[tuple[int, Row, tuple[str, Row |
     for n, (index, row, (name, found, trains)) in enumerate(rows):
         if found:
             at, mean, std = top + 46 + 22 * n, found["mean"], found["std"] or 0.0
-            parts.append(marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}"))
+            parts.append(marks.line([(x(edge), at) for edge in marks.about(mean, std)], f"line {colour(index)}"))
             tip = f"{row['label']}, {name}: {mean:.1%} ± {std:.1%}" + ("" if trains else ", takes no part")
             parts.append(marks.point(x(mean), at, tip, index, hollow=not trains))
     return "".join(parts)
@@ -213,7 +213,7 @@ def learning(methods: Sequence[Row], runs: Curves, target: float | None = None) 
     index = {row["label"]: i for i, row in enumerate(methods)}
     if not any(len(points) > 2 for points in found.values()):
         return []
-    edges = [value + sign * std for points in found.values() for _, value, std in points for sign in (-1, 1)]
+    edges = [edge for points in found.values() for _, value, std in points for edge in marks.about(value, std)]
     wide, bottom = _frame(list(found), TALL + 60)
     y, made = Scale(*marks.padded([*edges, *([target] if target else [])]), bottom, TOP), []
     for key, across in COSTS.items():
@@ -225,7 +225,7 @@ def learning(methods: Sequence[Row], runs: Curves, target: float | None = None) 
         if target:
             parts.append(marks.line([(x.start, y(target)), (x(top), y(target))], "dash"))
         for label, points in found.items():
-            at = [(x(cost[key]), y(value), y(value - std), y(value + std)) for cost, value, std in points]
+            at = [(x(cost[key]), y(value), *map(y, marks.about(value, std))) for cost, value, std in points]
             look = colour(index[label])
             parts.append(marks.band([(a, c) for a, _, c, _ in at], [(a, d) for a, _, _, d in at], f"band {look}"))
             parts.append(marks.line([(a, b) for a, b, _, _ in at], f"line {look}", label))

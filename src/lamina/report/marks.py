@@ -180,10 +180,15 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def padded(values: Iterable[float], share: float = 0.08) -> tuple[float, float]:
-    """Bounds around values with some air, apart even where the values are all the same."""
+    """Bounds around shares with some air, between 0 and 1, apart even where the values are all the same."""
     found = list(values)
     air = (max(found) - min(found)) * share or abs(max(found)) * share or 1.0
-    return min(found) - air, max(found) + air
+    return max(0.0, min(found) - air), min(1.0, max(found) + air)
+
+
+def about(mean: float, std: float) -> tuple[float, float]:
+    """A standard deviation to both sides of a share, between 0 and 1."""
+    return max(0.0, mean - std), min(1.0, mean + std)
 
 
 def axes(x: Scale, y: Scale, across: Quantity, up: Quantity | None) -> str:

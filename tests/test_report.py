@@ -316,11 +316,15 @@ def test_memory_adds_up_to_the_peak_beside_the_budget(summary: Table, folder: Pa
 
 
 def test_coverage_counts_usable_updates(folder: Path) -> None:
+    with open(folder / "devices.jsonl", "a") as file:
+        file.write(json.dumps(DEVICES[2] | {"round": 4}) + "\n")
     chart = named(read(folder).charts(), "coverage")
+    assert chart.note.endswith("Where a column is empty, no update was used.")
     found = {each[0].text: each.get("opacity") for each in tree(chart).iter("rect") if "share" in each.get("class", "")}
     assert found == {
         "round 1, block 0: 50% of 2 updates": "0.5",
         "round 3, block 0: 0% of 1 updates": "0",
+        **dict.fromkeys(["round 2, no update was used", "round 4, no update was used"], "0"),
         "round 1, block 1: 100% of 2 updates": "1",
         "round 3, block 1: 100% of 1 updates": "1",
     }
@@ -465,6 +469,14 @@ def test_fairness_has_a_panel_per_class(collected: Table) -> None:
         f"{label}, worst off: {share}.0% ± 1.0%"
         for label, share in (("free", 10), ("good", 10), ("level", 20), ("poor", 10))
     ]
+    hollow = [each[0].text or "" for each in tree(chart).iter("circle") if "hollow" in each.get("class", "")]
+    assert {text.split(",")[0] for text in hollow} == {"free"} and chart.note.endswith(contrast.BEYOND)
+    collected["methods"][0]["classes"][1]["plan"] = None
+    partial = contrast.fairness(collected["methods"])
+    assert partial and len(points(partial)) == 11 and "A cross: the class takes no part" in partial.note
+    (cross,) = tree(partial).iter("path")
+    assert cross[0].text == "good, small: 52.0% ± 2.8%, takes no part"
+    collected["methods"][0]["classes"][1]["plan"] = "all 2"
     for row in collected["methods"][:-1]:
         del row["worst_class"]  # as in a comparison from before there was such a thing
     older = contrast.fairness(collected["methods"])
@@ -479,6 +491,12 @@ def test_the_setting_of_a_comparison(collected: Table) -> None:
         "4 devices of class big (memory 50.0 MiB each), 4 devices of class small (no budget).",
         "3 rounds, task noise, devices in a round 5, batches of 8.",
     ]
+    for number, told in ((0, "all devices that have test examples"), (5, "5 devices"), (1, "1 device")):
+        collected["settings"]["eval_devices"] = number
+        assert (
+            answers.setting(collected)[-1]
+            == f"3 rounds, task noise, devices in a round 5, batches of 8, tested on {told}."
+        )
     assert answers.setting(collected | {"methods": collected["methods"][-1:]}) == []
 
 

@@ -153,9 +153,11 @@ def setting(collected: Row) -> list[str]:
         "batches of": "local.batch_size",
         "optimizer": "local.optimizer",
         "lr": "local.lr",
-        "devices tested": "eval_devices",
     }
     shared = [f"{name} {alike[key]}" for name, key in told.items() if alike.get(key)]
+    if "eval_devices" in alike:
+        some = alike["eval_devices"]
+        shared.append(f"tested on {_count(some, 'device') if some else 'all devices that have test examples'}")
     return [f"{', '.join(fleet)}.", f"{', '.join([_count(round(row['totals']['rounds']), 'round'), *shared])}."]
 
 

@@ -198,7 +198,7 @@ def coverage(blocks: int, tally: Tally) -> Chart | None:
     usable = [(number, trained, count) for (number, _, trained, _), count in tally.items() if trained is not None]
     if not usable:
         return None
-    rounds = max(number for number, _, _ in usable)
+    rounds = max(number for number, *_ in tally)
     each = -(-rounds // _COLUMNS)
     updates, trained = Counter[int](), Counter[tuple[int, int]]()
     for number, some, count in usable:
@@ -218,9 +218,11 @@ def coverage(blocks: int, tally: Tally) -> Chart | None:
     for block in range(blocks):
         y = 24 + (blocks - 1 - block) * tall
         parts.append(words(left - 10, y + tall / 2 + 4, f"block {block}", "soft", "end"))
-        for column, count in sorted(updates.items()):
-            share = trained[column, block] / count
-            tip = f"round{_span(column, each)}, block {block}: {share:.0%} of {count} updates"
+        for column in range(columns):
+            count = updates[column]
+            share = trained[column, block] / count if count else 0.0
+            said = f"block {block}: {share:.0%} of {count} updates" if count else "no update was used"
+            tip = f"round{_span(column, each)}, {said}"
             box: dict[str, Any] = {"x": left + column * wide, "y": y, "width": wide - 1.5, "height": tall - 1.5}
             parts.append(tag("rect", **box, class_="none"))
             parts.append(tag("rect", **box, class_="m2 fill share", opacity=float(share), tip=tip))
@@ -232,6 +234,8 @@ def coverage(blocks: int, tally: Tally) -> Chart | None:
     parts.append(words(left + columns * wide / 2, bottom + 33, "round", "soft", "middle"))
     title = "Which blocks learned, round by round"
     note = "At the right: over the whole run. A block that nobody trains stays as it was pretrained."
+    if any(not updates[column] for column in range(columns)):
+        note += " Where a column is empty, no update was used."
     return Chart("coverage", title, note, marks.drawing(900, bottom + 42, title, *parts))
 
 

@@ -185,7 +185,9 @@ def fairness(methods: Sequence[Row]) -> Chart | None:
     if rows[0][-1][0] == WORST:
         note += " Worst off: the lowest of the classes, which may be another for each seed."
     if any(not trains for row in rows for _, _, trains in row):
-        note += " Hollow: the class takes no part in the training."
+        note += " A cross: the class takes no part in the training."
+    if any(over_budget(row) for _, row in done):
+        note += f" {BEYOND}"
     return Chart("fairness", title, note, marks.drawing(marks.WIDE, tall * lines, title, *parts))
 
 
@@ -199,7 +201,10 @@ def _panel(x: Scale, top: float, rows: Sequence[tuple[int, Row, tuple[str, Row |
             at, mean, std = top + 46 + 22 * n, found["mean"], found["std"] or 0.0
             parts.append(marks.line([(x(edge), at) for edge in marks.about(mean, std)], f"line {colour(index)}"))
             tip = f"{row['label']}, {name}: {mean:.1%} ± {std:.1%}" + ("" if trains else ", takes no part")
-            parts.append(marks.point(x(mean), at, tip, index, hollow=not trains))
+            over = over_budget(row)
+            parts.append(
+                marks.point(x(mean), at, tip, index, hollow=over) if trains else marks.cross(x(mean), at, tip, index)
+            )
     return "".join(parts)
 
 

@@ -576,7 +576,12 @@ def test_figures_are_files_of_their_own(folder: Path, tmp_path: Path) -> None:
 
 def test_on_the_command_line(folder: Path, tmp_path: Path, lamina: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", opened.append)
+
+    def show(address: str) -> bool:
+        opened.append(address)
+        return True
+
+    monkeypatch.setattr(webbrowser, "open", show)
     out = tmp_path / "deep" / "page.html"
     code, text, _ = lamina("report", folder, "--out", out, "--figures", tmp_path / "f", "--open", "--json")
     said = json.loads(text)
@@ -584,6 +589,9 @@ def test_on_the_command_line(folder: Path, tmp_path: Path, lamina: Call, monkeyp
     assert all(Path(path).is_file() for path in said["figures"]) and not (folder / "report.html").exists()
     code, text, _ = lamina("report", folder)
     assert (code, text) == (0, f"report {folder / 'report.html'}\n") and len(opened) == 1
+    monkeypatch.setattr(webbrowser, "open", lambda _: False)
+    code, text, err = lamina("report", folder, "--open", "--json")
+    assert code == 0 and json.loads(text) and err == f"found no browser to show {folder / 'report.html'} in\n"
     (folder / "summary.json").write_text("{")
     code, _, err = lamina("report", folder)
     assert code == 2 and err.startswith(f"error: {folder / 'summary.json'} is not JSON: ") and err.count("\n") == 1
@@ -601,6 +609,11 @@ def test_folders_of_something_else_are_refused(tmp_path: Path, folder: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no summary\.json, as a finished run has, and no compare\.json"):
         read(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"^there is no folder .*nowhere$"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "empty" / "config.toml").touch()
+    with pytest.raises(UserError, match=r"empty is not finished: `lamina run --resume .*empty` goes on with it$"):
+        read(tmp_path / "empty")
     (folder / "rounds.jsonl").write_text("{}\n{\n")
     with pytest.raises(UserError, match=r"rounds\.jsonl is not JSON lines"):
         read(folder)
@@ -608,6 +621,44 @@ def test_folders_of_something_else_are_refused(tmp_path: Path, folder: Path) -> 
     (folder / "summary.json").write_text('{"classes": []}')
     with pytest.raises(UserError, match=r"summary\.json is not as this version of lamina writes it: KeyError"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": []},
+        {"totals": [1]},
+        {"accuracy": {"before": scores(0.2, 0.1), "after": scores(float("nan"), 0.3)}},
+        {"accuracy": {"before": scores(0.2, 0.1), "after": scores(float("inf"), 0.3)}},
+        {"network": None},
+        {"classes": [device_class("a", MIB, 0) | {"name": 7}]},
+        {"classes": [device_class("a", MIB, 0) | {"plan": 7}]},
+    ],
+    ids=["classes", "totals", "nan", "infinity", "network", "name", "plan"],
+)
+def test_a_damaged_run_is_refused_in_a_line(change: Table, folder: Path, summary: Table, lamina: Call) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary | change))
+    code, _, err = lamina("report", folder)
+    assert code == 2 and err.startswith(f"error: {folder / 'summary.json'} is not ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["config.toml", "env.json", "summary.json", "rounds.jsonl"])
+def test_text_that_is_not_utf_8_is_refused_in_a_line(name: str, folder: Path, lamina: Call) -> None:
+    (folder / name).write_bytes(b"\xff\xfe")
+    code, _, err = lamina("report", folder)
+    assert code == 2 and err.startswith(f"error: {folder / name} is not ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", [{"settings": [1]}, {"methods": 3}, {"methods": [3]}, {"target": "x"}])
+def test_a_damaged_comparison_is_refused_in_a_line(
+    change: Table, collected: Table, tmp_path: Path, lamina: Call
+) -> None:
+    (tmp_path / "compare.json").write_text(json.dumps(collected | change))
+    code, _, err = lamina("report", tmp_path)
+    assert code == 2 and err.startswith(f"error: {tmp_path / 'compare.json'} is not ") and err.count("\n") == 1
+    collected["methods"][0]["seeds"].append(7)
+    (tmp_path / "compare.json").write_text(json.dumps(collected))
+    assert lamina("report", tmp_path)[0] == 2
 
 
 def test_a_run_leaves_a_page(tmp_path: Path) -> None:

@@ -314,8 +314,8 @@ def report(
 
     page = reports.write(folder, out)
     drawn = reports.figures(reports.read(folder), figures) if figures else []
-    if show:
-        webbrowser.open(page.resolve().as_uri())
+    if show and not webbrowser.open(page.resolve().as_uri()):
+        View(quiet=True).say(f"found no browser to show {page} in")
     if as_json:
         _print_json({"schema": "lamina.report/1", "page": str(page), "figures": [str(path) for path in drawn]})
         return

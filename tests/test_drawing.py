@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lamina import drawing, tables
+from lamina.cli import main
 from lamina.data.task import Pairs, Task
 from lamina.drawing import SHADES, drawn, spread
 from lamina.table import Table
@@ -133,6 +134,15 @@ def test_names_do_not_command_the_terminal() -> None:
     assert [line.split() for line in (lines[0], lines[2], lines[4])] == [
         *(["a\ufffd[31m"], ["b\ufffd", "[bold]"], ["c\ufffd\ufffd", "d"])
     ]
+
+
+def test_errors_do_not_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lamina", "report", "no\x1b[31m"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == "error: there is no folder no\ufffd[31m\n"
 
 
 def test_markdown_shows_names_as_they_are() -> None:

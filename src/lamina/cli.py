@@ -14,6 +14,7 @@ import typer
 from lamina import files
 from lamina.deploy.cli import deploy
 from lamina.errors import UserError
+from lamina.table import printable
 
 if TYPE_CHECKING:
     from lamina.config import Experiment
@@ -374,8 +375,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that went away
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)

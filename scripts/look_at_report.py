@@ -2,8 +2,8 @@
 
 python scripts/look_at_report.py runs/demo-282669fc --out /tmp/looks
 
-Needs `chromium`, or what CHROMIUM names. Exits with 1 if a chart has no marks, if text is cut off, if anything in the
-page would run or be loaded, or if the browser complains.
+Needs `chromium`, or what CHROMIUM names. Exits with 1 if a chart has no marks, if text is cut off or smaller than 8 px,
+if anything in the page would run or be loaded, or if the browser complains.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ addEventListener("load", () => {
     const a = text.getBBox(), b = text.ownerSVGElement.viewBox.baseVal;
     return a.x < -1 || a.y < -1 || a.x + a.width > b.width + 1 || a.y + a.height > b.height + 1;
   });
+  const tiny = [...document.querySelectorAll("svg")].filter(
+    svg => 12 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width < 8);
   const wide = document.documentElement.scrollWidth > innerWidth;
   const said = [...empty.map(s => "empty chart: " + s.getAttribute("aria-label")),
+                ...tiny.map(s => "text too small to read in " + s.getAttribute("aria-label")),
                 ...cut.map(t => `text cut off in ${t.ownerSVGElement.getAttribute("aria-label")}: ${t.textContent}`),
                 ...(wide ? ["the page is wider than the window"] : [])];
   const out = document.createElement("pre");

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from lamina import drawing
+from lamina import drawing, tables
+from lamina.cli import main
 from lamina.data.task import Pairs, Task
 from lamina.drawing import SHADES, drawn, spread
 from lamina.table import Table
@@ -126,6 +127,30 @@ def test_any_drawing_fits(devices: int, kinds: int, width: int, seed: int) -> No
     assert (" to a column" in text) == (len(rows[0]) < kinds)
     bars = [line.rstrip(" █▏▎▍▌▋▊▉") for line in lines[lines.index("Devices by number of training examples") + 4 :]]
     assert sum(int(line.split()[-1]) for line in bars[: bars.index("")]) == devices
+
+
+def test_names_do_not_command_the_terminal() -> None:
+    lines = shown([Table("a\x1b[31m", ("b\x9b", "[bold]"), [("c\x07\x00", "d")])], 80)
+    assert [line.split() for line in (lines[0], lines[2], lines[4])] == [
+        *(["a\ufffd[31m"], ["b\ufffd", "[bold]"], ["c\ufffd\ufffd", "d"])
+    ]
+
+
+def test_errors_do_not_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lamina", "report", "no\x1b[31m"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == "error: there is no folder no\ufffd[31m\n"
+
+
+def test_markdown_shows_names_as_they_are() -> None:
+    name = "a|b\nc\\<img src=x>`[x](y)"
+    title, _, heading, _, head, _, row = tables.page(name, [Table(name, (name, "n"), [(name, "1")])]).splitlines()
+    safe = r"a\|b c\\\<img src=x>\`\[x](y)"
+    assert (title, heading) == (f"# {safe}", f"## {safe}")
+    assert (head, row) == (f"| {safe} | n |", f"| {safe} | 1 |")
 
 
 def test_wider_terminals_show_more_kinds() -> None:

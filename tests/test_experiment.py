@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,14 @@ def test_a_head_is_kept_where_it_was_trained_for_the_same(
     assert bits(begun) == bits(again.state.params)
     assert moved(begun, other.state.params) == (set() if kept else {"head.weight"})
     assert begun["head.weight"].shape == model.layout(run.outlook.chosen.spec).shape("head.weight")
+
+
+def test_networks_of_the_same_name_are_told_apart(table: Table, tmp_path: Path) -> None:
+    """By the folders they are in, as far up as it takes."""
+    folders = [tmp_path / "a" / "x" / "net", tmp_path / "b" / "x" / "net", tmp_path / "tiny-2"]
+    for folder, source in zip(folders, ("tiny-2", "tiny-3"), strict=False):
+        shutil.copytree(tmp_path / source, folder)
+    outlook = look_ahead(config.experiment(table | {"networks": list(map(str, folders))}, "test"))
+    shown = outlook.network_json()
+    assert [each["name"] for each in shown["candidates"]] == ["a/x/net", "b/x/net", "tiny-2"]
+    assert sum(row[0].endswith(" *") for row in tables.networks(shown).rows) == 1

@@ -226,12 +226,29 @@ def test_the_page_of_a_run(folder: Path) -> None:
     assert NASTY in page.text and "late" in page.text
     assert (
         "caff on n-2 fits 2 of 3 device classes. Accuracy went from 20.0% to 60.0% (+40.0 points, mean over devices) "
-        "in 3 rounds, for 6.0 MiB sent and 4.0 GFLOP computed by the devices; 4 of 12 devices sat out." in page.text
+        "in 3 rounds, for 6.0 MiB sent and 4.0 GFLOP computed by the devices; 4 of 12 devices sat out; 5 of 6 "
+        "updates counted." in page.text
     )
     assert "small4 devicesthe cheapest plan needs 30.0 MiB of memory (there are 10.0 MiB)" in page.text
     assert "big1 updatenot counted: late" in page.text
     for name in ("prefers-color-scheme: dark", "@media print"):
         assert name in (folder / "report.html").read_text()
+
+
+def test_updates_that_did_not_count_are_told_without_their_reasons(folder: Path, summary: Table) -> None:
+    """As of the recorded runs, which have no devices.jsonl."""
+    (folder / "devices.jsonl").unlink()
+    summary["classes"] = summary["classes"][:2]
+    summary["totals"] |= {"updates": 75, "rejected_updates": 45, "abandoned_rounds": 2}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = alone(read(folder).html())
+    assert "; no device sat out; 75 of 120 updates counted, 2 of 3 rounds abandoned." in page.text
+    assert "of any class45 updatesnot counted: the reasons are not recorded here" in page.text
+    assert "Nobody" not in page.text
+    summary["totals"] |= {"rejected_updates": 0, "abandoned_rounds": 0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = alone(read(folder).html())
+    assert "; no device was left out." in page.text and "Nobody: every class has a plan" in page.text
 
 
 def test_curves_lie_where_the_numbers_are(summary: Table) -> None:
@@ -289,6 +306,7 @@ def test_memory_adds_up_to_the_peak_beside_the_budget(summary: Table, folder: Pa
     bars = [each for each in tree(chart).iter("rect") if "hit" in each.get("class", "")]
     ends = [float(each.get("x", "")) + float(each.get("width", "")) for each in bars]
     assert along(chart, [10, 40, 10, 44, 5, 20, 7.5, 30], ends, "x")
+    assert chart.svg.count("sits out") == 1
     limits = [float(e.get("x1", "")) for e in tree(chart).iter("line") if e.get("class") == "limit"]
     assert along(chart, [50, 50, 10], limits, "x")
     assert [each[0].text for each in bars][:3] == [
@@ -298,11 +316,15 @@ def test_memory_adds_up_to_the_peak_beside_the_budget(summary: Table, folder: Pa
 
 
 def test_coverage_counts_usable_updates(folder: Path) -> None:
+    with open(folder / "devices.jsonl", "a") as file:
+        file.write(json.dumps(DEVICES[2] | {"round": 4}) + "\n")
     chart = named(read(folder).charts(), "coverage")
+    assert chart.note.endswith("Where a column is empty, no update was used.")
     found = {each[0].text: each.get("opacity") for each in tree(chart).iter("rect") if "share" in each.get("class", "")}
     assert found == {
         "round 1, block 0: 50% of 2 updates": "0.5",
         "round 3, block 0: 0% of 1 updates": "0",
+        **dict.fromkeys(["round 2, no update was used", "round 4, no update was used"], "0"),
         "round 1, block 1: 100% of 2 updates": "1",
         "round 3, block 1: 100% of 1 updates": "1",
     }
@@ -394,6 +416,13 @@ def test_methods_are_compared_on_the_seeds_that_both_have(collected: Table) -> N
     assert "Level" not in first and first.endswith("Next: theirs (-2.0±0.0 points).")
     (first, *_) = answers.of_comparison(collected | {"methods": [ours, method("theirs", [0.28], MIB)]})
     assert first.endswith("Next: theirs (-2.0 points).")
+    (first, *_) = answers.of_comparison(collected | {"methods": [ours, method("theirs", [0.3 - 1e-12], MIB)]})
+    assert first.endswith("Level with that: theirs (+0.0).")
+    a, b = method("a", [0.3, 0.5], MIB), method("b", [0.2796, 0.4804], MIB)  # -2.000 ± 0.057, then -0.0004 ± 0.0001
+    assert answers.of_comparison(collected | {"methods": [a, b]})[0].endswith("Next: b (-2.0±0.1 points).")
+    b = method("b", [0.29995, 0.49997], MIB)
+    (first, *_) = answers.of_comparison(collected | {"methods": [a, b]})
+    assert first.endswith("of the differences over seeds: b (+0.0±0.0).")
     apart = method("apart", [0.1], MIB) | {"seeds": [7]}
     (first, *_) = answers.of_comparison(collected | {"methods": [ours, apart]})
     assert "apart" not in first
@@ -401,6 +430,14 @@ def test_methods_are_compared_on_the_seeds_that_both_have(collected: Table) -> N
         "one seed: differences may be chance"
         in answers.of_comparison(collected | {"methods": [method("alone", [0.3], MIB), rows[NASTY]]})[0]
     )
+
+
+def test_a_comparison_tells_of_updates_that_did_not_count(collected: Table) -> None:
+    collected["methods"][0]["totals"] |= {"updates": 84.5, "rejected_updates": 35.5}
+    collected["methods"][3]["totals"] |= {"updates": 0, "rejected_updates": 12.0, "abandoned_rounds": 3.0}
+    said = answers.of_comparison(collected)
+    told = "good (84.5 of 120 updates counted), poor (0 of 12 updates counted, 3 of 3 rounds abandoned)"
+    assert f"Not every update was used: {told}." in said
 
 
 def test_what_each_method_is(collected: Table) -> None:
@@ -432,6 +469,14 @@ def test_fairness_has_a_panel_per_class(collected: Table) -> None:
         f"{label}, worst off: {share}.0% ± 1.0%"
         for label, share in (("free", 10), ("good", 10), ("level", 20), ("poor", 10))
     ]
+    hollow = [each[0].text or "" for each in tree(chart).iter("circle") if "hollow" in each.get("class", "")]
+    assert {text.split(",")[0] for text in hollow} == {"free"} and chart.note.endswith(contrast.BEYOND)
+    collected["methods"][0]["classes"][1]["plan"] = None
+    partial = contrast.fairness(collected["methods"])
+    assert partial and len(points(partial)) == 11 and "A cross: the class takes no part" in partial.note
+    (cross,) = tree(partial).iter("path")
+    assert cross[0].text == "good, small: 52.0% ± 2.8%, takes no part"
+    collected["methods"][0]["classes"][1]["plan"] = "all 2"
     for row in collected["methods"][:-1]:
         del row["worst_class"]  # as in a comparison from before there was such a thing
     older = contrast.fairness(collected["methods"])
@@ -446,13 +491,72 @@ def test_the_setting_of_a_comparison(collected: Table) -> None:
         "4 devices of class big (memory 50.0 MiB each), 4 devices of class small (no budget).",
         "3 rounds, task noise, devices in a round 5, batches of 8.",
     ]
+    for number, told in ((0, "all devices that have test examples"), (5, "5 devices"), (1, "1 device")):
+        collected["settings"]["eval_devices"] = number
+        assert (
+            answers.setting(collected)[-1]
+            == f"3 rounds, task noise, devices in a round 5, batches of 8, tested on {told}."
+        )
     assert answers.setting(collected | {"methods": collected["methods"][-1:]}) == []
+
+
+def outside(chart: Chart) -> list[str]:
+    """What of a chart lies outside it, and numbers of an axis that do not rise to the right."""
+    root = tree(chart)
+    _, _, wide, high = map(float, root.get("viewBox", "").split())
+    found, axes = [], dict[str, list[tuple[float, float]]]()
+    for each in root.iter("text"):
+        said = "".join(each.itertext()) if not len(each) else each[0].tail or ""
+        x, y, size = (
+            float(each.get("x", "")),
+            float(each.get("y", "")),
+            sum(5.0 if c < "\u2e80" else 12.0 for c in said),
+        )
+        start = x - {"start": 0.0, "middle": size / 2, "end": size}[each.get("text-anchor", "")]
+        if start < 0 or start + size > wide or not 0 < y < high:
+            found.append(said)
+        if each.get("text-anchor") == "middle" and re.fullmatch(r"[\d.]+", said):
+            axes.setdefault(each.get("y", ""), []).append((x, float(said)))
+    found += [f"width {each.get('width')}" for each in root.iter("rect") if float(each.get("width", "")) < 0]
+    return found + [str(each) for each in axes.values() if len(each) > 1 and each[0] >= each[-1]]
+
+
+@pytest.mark.parametrize(
+    ("words", "length"), [("name ", 1), ("name ", 28), ("name ", 90), ("name ", 400), ("名前", 30)]
+)
+def test_charts_hold_names_of_any_length_and_number(words: str, length: int, collected: Table, summary: Table) -> None:
+    names = [f"{words * 80}"[:length] + f" {i}" for i in range(26)]
+    good = collected["methods"][0]
+    rows = [good | {"classes": [good["classes"][0] | {"name": name} for name in names[:8]]} for _ in names]
+    methods = [row | {"label": name, "network": name} for row, name in zip(rows, names, strict=True)]
+    runs = {name: [(summary, ROUNDS)] for name in names}
+    made = contrast.of_comparison(collected | {"methods": methods}, runs)
+    assert len(made) == 9
+    for row, name in zip(summary["classes"], names, strict=False):
+        row["name"] = name
+    made += charts.of_run(summary, ROUNDS, charts.Tally({(1, "big", (0,), None): 2}))
+    assert {chart.title: found for chart in made if (found := outside(chart))} == {}
+    full = [each.text for chart in made for each in tree(chart).iter("title")]
+    assert set(names) <= set(full) or length < 40
+    long = "caff, batch_size 4, lr 0.001"
+    assert marks.short(long) == long and marks.short(long, 82) == "caff,…0.001" and marks.short(long, 1) == "…"
+
+
+def test_panels_of_many_classes_are_in_several_rows(collected: Table) -> None:
+    row = collected["methods"][0]
+    row |= {"classes": [row["classes"][0] | {"name": f"class {i}"} for i in range(8)]}
+    chart = contrast.fairness([row])
+    assert chart
+    first, *_, last = (points(chart, f"class {i}:")[0] for i in range(8))
+    assert first[1] < last[1]
+    labels = [each for each in tree(chart).iter("text") if each.text == "good"]
+    assert len(labels) == 2
 
 
 @pytest.mark.skipif(not (os.environ.get("CHROMIUM") or shutil.which("chromium")), reason="needs chromium")
 @pytest.mark.parametrize("name", ["study/shakespeare-half", "demo"])
 def test_a_browser_draws_the_page(name: str, tmp_path: Path) -> None:
-    """Every chart has marks, no text is cut off, and the browser has nothing to complain about, wide and narrow."""
+    """Every chart has marks, no text is cut off or tiny, and the browser does not complain, wide and narrow."""
     look = runpy.run_path(str(ROOT / "scripts" / "look_at_report.py"))
     page = write(ROOT / "records" / name, tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 4
@@ -472,7 +576,12 @@ def test_figures_are_files_of_their_own(folder: Path, tmp_path: Path) -> None:
 
 def test_on_the_command_line(folder: Path, tmp_path: Path, lamina: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", opened.append)
+
+    def show(address: str) -> bool:
+        opened.append(address)
+        return True
+
+    monkeypatch.setattr(webbrowser, "open", show)
     out = tmp_path / "deep" / "page.html"
     code, text, _ = lamina("report", folder, "--out", out, "--figures", tmp_path / "f", "--open", "--json")
     said = json.loads(text)
@@ -480,14 +589,30 @@ def test_on_the_command_line(folder: Path, tmp_path: Path, lamina: Call, monkeyp
     assert all(Path(path).is_file() for path in said["figures"]) and not (folder / "report.html").exists()
     code, text, _ = lamina("report", folder)
     assert (code, text) == (0, f"report {folder / 'report.html'}\n") and len(opened) == 1
+    monkeypatch.setattr(webbrowser, "open", lambda _: False)
+    code, text, err = lamina("report", folder, "--open", "--json")
+    assert code == 0 and json.loads(text) and err == f"found no browser to show {folder / 'report.html'} in\n"
     (folder / "summary.json").write_text("{")
     code, _, err = lamina("report", folder)
     assert code == 2 and err.startswith(f"error: {folder / 'summary.json'} is not JSON: ") and err.count("\n") == 1
 
 
+def test_names_that_would_command_a_terminal_are_shown_without(folder: Path, summary: Table, tmp_path: Path) -> None:
+    summary["name"] = summary["classes"][0]["name"] = "a\x1b[31m\x00\x9b\ud800\uffff"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for path in figures(read(folder), tmp_path / "figures"):
+        ElementTree.parse(path)
+    assert "a\ufffd[31m\ufffd" in write(folder).read_text(encoding="utf-8")
+
+
 def test_folders_of_something_else_are_refused(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no summary\.json, as a finished run has, and no compare\.json"):
+        read(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"^there is no folder .*nowhere$"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "empty" / "config.toml").touch()
+    with pytest.raises(UserError, match=r"empty is not finished: `lamina run --resume .*empty` goes on with it$"):
         read(tmp_path / "empty")
     (folder / "rounds.jsonl").write_text("{}\n{\n")
     with pytest.raises(UserError, match=r"rounds\.jsonl is not JSON lines"):
@@ -496,6 +621,44 @@ def test_folders_of_something_else_are_refused(tmp_path: Path, folder: Path) -> 
     (folder / "summary.json").write_text('{"classes": []}')
     with pytest.raises(UserError, match=r"summary\.json is not as this version of lamina writes it: KeyError"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": []},
+        {"totals": [1]},
+        {"accuracy": {"before": scores(0.2, 0.1), "after": scores(float("nan"), 0.3)}},
+        {"accuracy": {"before": scores(0.2, 0.1), "after": scores(float("inf"), 0.3)}},
+        {"network": None},
+        {"classes": [device_class("a", MIB, 0) | {"name": 7}]},
+        {"classes": [device_class("a", MIB, 0) | {"plan": 7}]},
+    ],
+    ids=["classes", "totals", "nan", "infinity", "network", "name", "plan"],
+)
+def test_a_damaged_run_is_refused_in_a_line(change: Table, folder: Path, summary: Table, lamina: Call) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary | change))
+    code, _, err = lamina("report", folder)
+    assert code == 2 and err.startswith(f"error: {folder / 'summary.json'} is not ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["config.toml", "env.json", "summary.json", "rounds.jsonl"])
+def test_text_that_is_not_utf_8_is_refused_in_a_line(name: str, folder: Path, lamina: Call) -> None:
+    (folder / name).write_bytes(b"\xff\xfe")
+    code, _, err = lamina("report", folder)
+    assert code == 2 and err.startswith(f"error: {folder / name} is not ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", [{"settings": [1]}, {"methods": 3}, {"methods": [3]}, {"target": "x"}])
+def test_a_damaged_comparison_is_refused_in_a_line(
+    change: Table, collected: Table, tmp_path: Path, lamina: Call
+) -> None:
+    (tmp_path / "compare.json").write_text(json.dumps(collected | change))
+    code, _, err = lamina("report", tmp_path)
+    assert code == 2 and err.startswith(f"error: {tmp_path / 'compare.json'} is not ") and err.count("\n") == 1
+    collected["methods"][0]["seeds"].append(7)
+    (tmp_path / "compare.json").write_text(json.dumps(collected))
+    assert lamina("report", tmp_path)[0] == 2
 
 
 def test_a_run_leaves_a_page(tmp_path: Path) -> None:
@@ -531,6 +694,28 @@ def test_labels_keep_clear_of_each_other() -> None:
     assert marks.spread([200, 199], 10, 0, 200) == [200, 190]
     assert marks.spread([5, 5, 5], 10, 0, 10) == [0, 10, 20]
     assert marks.spread([], 10, 0, 10) == []
+
+
+def test_axes_and_bars_of_shares_stay_between_none_and_all(collected: Table, summary: Table) -> None:
+    assert [marks.padded(each) for each in ([0.0], [1.0, 0.5], [0.5])] == [(0, 1), (0.46, 1), (0.46, 0.54)]
+    low, high = method("low", [0.0, 0.3], MIB, worst=0.005), method("high", [0.8, 1.0], MIB)
+    ends = [(row | {"accuracy": scores(value, value)}, value) for row in ROUNDS for value in (0.0, 0.3)]
+    runs = {"low": [(summary, [row for row, each in ends if each == value]) for value in (0.0, 0.3)]}
+    made = contrast.of_comparison(collected | {"methods": [low, high]}, runs)
+    for chart, shape in (("ranking", "polyline"), ("fairness", "polyline"), ("learning-round", "polygon")):
+        axis, anchor = ("y", "end") if shape == "polygon" else ("x", "middle")
+        numbers = [each for each in tree(named(made, chart)).iter("text") if each.get("text-anchor") == anchor]
+        assert {each.text for each in numbers if (each.text or "").startswith("-")} == set()
+        places = [
+            float(pair.split(",")[axis == "y"])
+            for each in tree(named(made, chart)).iter(shape)
+            if (each.get("class") or "").startswith(("line", "band"))
+            for pair in each.get("points", "").split()
+        ]
+        if chart == "ranking":
+            assert along(named(made, chart), [90 - 14.142, 100, 0, 15 + 21.213], places, "x")
+        if chart == "learning-round":
+            assert along(named(made, chart), [0], [max(places)], "y")
 
 
 def test_a_scale_keeps_its_ends() -> None:

@@ -14,6 +14,7 @@ import typer
 from lamina import __version__, files
 from lamina.deploy.cli import deploy
 from lamina.errors import UserError, about_place
+from lamina.table import printable
 
 if TYPE_CHECKING:
     from lamina.config import Experiment
@@ -333,8 +334,8 @@ def report(
         files.demand_place(place)
     page = reports.write(folder, out)
     drawn = reports.figures(found, figures) if figures else []
-    if show:
-        webbrowser.open(page.resolve().as_uri())
+    if show and not webbrowser.open(page.resolve().as_uri()):
+        View(quiet=True).say(f"found no browser to show {page} in")
     if as_json:
         _print_json({"schema": "lamina.report/1", "page": str(page), "figures": [str(path) for path in drawn]})
         return
@@ -393,9 +394,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         told = about_place(error)
-        print(f"error: {told or error}", file=sys.stderr)
+        print(printable(f"error: {told or error}"), file=sys.stderr)
         sys.exit(2 if told else 1)  # 1: a full disk, a folder that went away

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,11 +139,12 @@ def load_task(experiment: Experiment) -> Task:
         UserError: The data cannot be used, or the networks do not read it alike.
     """
     folders = list(_fitted(experiment))
+    names = _names(folders)
     digests = [experiment.task.reads(folder) for folder in folders]
     for folder, digest in zip(folders, digests, strict=True):
         if digest != digests[0]:
             raise UserError(
-                f"networks {folders[0].name} and {folder.name} do not read data alike (another tokenizer, or other "
+                f"networks {names[folders[0]]} and {names[folder]} do not read data alike (another tokenizer, or other "
                 "statistics of pixels), so one cannot stand for the other: name networks of one family"
             )
     class_of = devices(experiment).class_of
@@ -162,6 +165,17 @@ def _fitted(experiment: Experiment) -> dict[Path, Spec]:
     """Folders of the candidate networks, each with the network as the task uses it."""
     folders = map(networks.find, experiment.networks)
     return {folder: experiment.task.fit(checkpoint.read_spec(folder), folder) for folder in folders}
+
+
+def _names(folders: Collection[Path]) -> dict[Path, str]:
+    """What each network is called: its folder, with those above it where another has the same name."""
+
+    def alone(folder: Path, parts: int) -> bool:
+        return sum(other.parts[-parts:] == folder.parts[-parts:] for other in folders) == 1
+
+    return {
+        folder: "/".join(folder.parts[-next(n for n in itertools.count(1) if alone(folder, n)) :]) for folder in folders
+    }
 
 
 def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, Any] | None]:
@@ -201,7 +215,8 @@ def look_ahead(experiment: Experiment, task: Task | None = None) -> Outlook:
     tokens = experiment.task.window
     work = (experiment.local, tokens, steps, experiment.levers, experiment.rounds)
     found = _fitted(experiment)
-    candidates = [assess(experiment.method, folder.name, spec, groups, *work) for folder, spec in found.items()]
+    names = _names(found)
+    candidates = [assess(experiment.method, names[folder], spec, groups, *work) for folder, spec in found.items()]
     chosen = choose_network(experiment.method, candidates, groups, *work, experiment.prefer)
     folder = list(found)[candidates.index(chosen)]
     found_by = (fleet.rates, times, experiment.prefer)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -14,3 +17,8 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int = 1
+
+
+def printable(text: str) -> str:
+    """Text without what would command a terminal and is not allowed in a page: a mark stands in its place."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

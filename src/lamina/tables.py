@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from lamina.fleet import RESOURCES
 from lamina.methods.about import meanings, own_fields, written
 from lamina.methods.base import Method
-from lamina.table import Table
+from lamina.table import Table, printable
 from lamina.units import duration, human
 
 _BAR = 28
@@ -171,7 +172,7 @@ def outcome(summary: Mapping[str, Any]) -> Table:
 
     def scores(found: Mapping[str, Any], kind: str) -> tuple[str, ...]:
         before, after = found["before"][kind], found["after"][kind]
-        return f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
+        return f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+z.1f} points"
 
     nothing = [""] * 4
     rows = [(f"all, {text}", *nothing, *scores(summary["accuracy"], kind)) for kind, text in _KINDS.items()]
@@ -340,7 +341,7 @@ def _race(done: Sequence[Mapping[str, Any]], target: float) -> Table:
 
 def percent(found: Mapping[str, Any], sign: str = "") -> str:
     """A share, or with sign "+" a difference, as mean and, over several seeds, standard deviation: "56.2±0.2"."""
-    return f"{100 * found['mean']:{sign}.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
+    return f"{100 * found['mean']:{sign}z.1f}" + (f"±{100 * found['std']:.1f}" if found["std"] is not None else "")
 
 
 def contest(result: Mapping[str, Any]) -> Table:
@@ -370,12 +371,17 @@ def contest(result: Mapping[str, Any]) -> Table:
 
 def page(title: str, shown: Sequence[Table]) -> str:
     """Tables as a page of Markdown."""
-    parts = [f"# {title}"]
+    parts = [f"# {_markdown(title)}"]
     for table in shown:
         rules = [":--" if i < table.left else "--:" for i in range(len(table.head))]
-        lines = [table.head, rules, *table.rows]
-        parts += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+        lines = [list(map(_markdown, table.head)), rules, *(list(map(_markdown, row)) for row in table.rows)]
+        parts += [f"## {_markdown(table.title)}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows as it is: it ends no cell, and is neither HTML nor a link nor code."""
+    return re.sub(r"([\\|<`\[])", r"\\\1", " ".join(printable(text).splitlines()))
 
 
 def markdown(summary: Mapping[str, Any], coverage: Sequence[float]) -> str:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from lamina.table import printable
 from lamina.units import duration
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class View:
 
     def say(self, text: str) -> None:
         """One line, which a terminal wraps and a pipe does not."""
-        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(printable(text), markup=False, soft_wrap=not self.console.is_terminal)
 
     def table(self, table: Table) -> None:
         """A table under its title."""
@@ -45,10 +46,10 @@ class View:
             pad_edge=False,
         )
         for index, head in enumerate(table.head):
-            drawn.add_column(head, justify="left" if index < table.left else "right", overflow="fold")
+            drawn.add_column(Text(printable(head)), justify="left" if index < table.left else "right", overflow="fold")
         for row in table.rows:
-            drawn.add_row(*map(Text, row))
-        self.console.print(table.title, style="bold", markup=False)
+            drawn.add_row(*(Text(printable(cell)) for cell in row))
+        self.console.print(printable(table.title), style="bold", markup=False)
         self.console.print(drawn)
 
     def play(

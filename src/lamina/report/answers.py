@@ -30,13 +30,16 @@ def of_run(summary: Row) -> str:
     devices = sum(row["devices"] for row in classes)
     before, after = (summary["accuracy"][when]["mean_over_devices"] for when in ("before", "after"))
     took = f", {duration(totals['clock_seconds'])} of virtual time" if totals.get("clock_seconds") else ""
-    left = f"{out} of {_count(devices, 'device')} sat out" if out else "no device was left out"
+    counted = _counted(totals)
+    left = (
+        f"{out} of {_count(devices, 'device')} sat out" if out else f"no device {'sat' if counted else 'was left'} out"
+    )
     return (
         f"{summary['method']} on {summary['network']['chosen']} fits {len(fits)} of "
         f"{_count(len(classes), 'device class')}. "
-        f"Accuracy went from {before:.1%} to {after:.1%} ({100 * (after - before):+.1f} points, mean over devices) in "
+        f"Accuracy went from {before:.1%} to {after:.1%} ({100 * (after - before):+z.1f} points, mean over devices) in "
         f"{_count(totals['rounds'], 'round')}, for {human('bytes', totals['up_bytes'])} sent and "
-        f"{human('flops', totals['flops'])} computed by the devices{took}; {left}."
+        f"{human('flops', totals['flops'])} computed by the devices{took}; {'; '.join(filter(None, (left, counted)))}."
     )
 
 
@@ -68,9 +71,21 @@ def of_comparison(collected: Row) -> list[str]:
     if partial := [row for row in fair[1:] if row["took_part"] < 1]:
         parts = (f"{_names([row])} ({1 - row['took_part']:.0%})" for row in partial)
         said.append(f"Leave devices out: {_listed(parts)}.")
+    if lost := [f"{_names([row])} ({counted})" for row in done if (counted := _counted(row["totals"]))]:
+        said.append(f"Not every update was used: {_listed(lost)}.")
     if misfits := [row for row in collected["methods"] if row.get("misfit")]:
         said.append(f"Have no plan within the budgets: {_names(misfits)}.")
     return said
+
+
+def _counted(totals: Row) -> str:
+    """How many of the updates were used, and how many rounds were abandoned; empty where all went well."""
+    rejected, abandoned = totals.get("rejected_updates", 0), totals.get("abandoned_rounds", 0)
+    if not rejected and not abandoned:
+        return ""
+    rounds = f", {_number(abandoned)} of {_count(totals['rounds'], 'round')} abandoned" if abandoned else ""
+    used = totals["updates"]
+    return f"{_number(used)} of {_count(used + rejected, 'update')} counted{rounds}"
 
 
 def _cost(row: Row) -> str:
@@ -88,15 +103,21 @@ def _after(row: Row) -> Row:
 
 
 def _others(rows: Sequence[Row], found: Callable[[Row], Row]) -> Iterator[str]:
-    """Who is level with the first of `rows`, and who is the next: by differences on the seeds that both have."""
+    """Who is level with the first of `rows`, and who is the next: by differences on the seeds that both have.
+
+    The rule goes by the numbers as they are shown; with one seed it is level that shows no difference.
+    """
     first, *rest = rows
     gaps = [(row, gap) for row in rest if (gap := _gap(row, first, found))]
     told: dict[bool, list[str]] = {True: [], False: []}  # by whether it is level
     for row, gap in gaps:
-        level = -fmean(gap) <= (stdev(gap) if len(gap) > 1 else 0)
+        mean, std = (round(100 * value, 1) for value in (fmean(gap), stdev(gap) if len(gap) > 1 else 0.0))
+        level = -mean <= std
         told[level].append(f"{_names([row])} ({_points(gap)}{'' if level else ' points'})")
     if told[True]:
-        yield f"Level with that, within a standard deviation of the differences over seeds: {_listed(told[True])}."
+        several = any(len(gap) > 1 for _, gap in gaps)
+        within = ", within a standard deviation of the differences over seeds" if several else ""
+        yield f"Level with that{within}: {_listed(told[True])}."
     if told[False]:
         yield f"{'Behind' if told[True] else 'Next'}: {told[False][0]}."
 
@@ -132,9 +153,11 @@ def setting(collected: Row) -> list[str]:
         "batches of": "local.batch_size",
         "optimizer": "local.optimizer",
         "lr": "local.lr",
-        "devices tested": "eval_devices",
     }
     shared = [f"{name} {alike[key]}" for name, key in told.items() if alike.get(key)]
+    if "eval_devices" in alike:
+        some = alike["eval_devices"]
+        shared.append(f"tested on {_count(some, 'device') if some else 'all devices that have test examples'}")
     return [f"{', '.join(fleet)}.", f"{', '.join([_count(round(row['totals']['rounds']), 'round'), *shared])}."]
 
 
@@ -152,12 +175,20 @@ def _listed(given: Iterable[str]) -> str:
     return ", ".join(said if len(said) <= _MOST + 1 else [*said[:_MOST], f"and {len(said) - _MOST} more"])
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}" + (("es" if name.endswith("s") else "s") if number != 1 else "")
+def _number(value: float) -> str:
+    """A count, or a mean of counts."""
+    return f"{round(value, 1):,}".removesuffix(".0")
+
+
+def _count(number: float, name: str) -> str:
+    return f"{_number(number)} {name}" + (("es" if name.endswith("s") else "s") if number != 1 else "")
 
 
 def left_out(summary: Row, tally: Tally) -> Table | None:
-    """Which classes sat out and what they lack for the cheapest plan; which updates did not count, and why."""
+    """Which classes sat out and what they lack for the cheapest plan; which updates did not count, and why.
+
+    The reasons are those of the tally; where it lacks some, as without devices.jsonl, the totals say how many.
+    """
     rows = [
         (
             row["name"],
@@ -172,6 +203,8 @@ def left_out(summary: Row, tally: Tally) -> Table | None:
         if rejected:
             reasons[name, rejected] += count
     rows += [(name, _count(count, "update"), f"not counted: {why}") for (name, why), count in sorted(reasons.items())]
+    if (unknown := summary["totals"].get("rejected_updates", 0) - reasons.total()) > 0:
+        rows.append(("of any class", _count(unknown, "update"), "not counted: the reasons are not recorded here"))
     return Table("Who was left out, and why", ("class", "how many", "why"), rows, left=3) if rows else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamina.report import marks
@@ -79,21 +79,26 @@ def gains(summary: Row) -> Chart | None:
     if not rows:
         return None
     both = [(i, row, *(row["accuracy"][w]["mean_over_devices"] for w in ("before", "after"))) for i, row in rows]
-    left = _room(row["name"] for _, row in rows)
-    x = Scale(*marks.padded([v for *_, a, b in both for v in (a, b)]), left, 620)
+    said = [_gain(row, before, after) for _, row, before, after in both]
+    left, right, wide = marks.between((row["name"] for _, row in rows), said)
+    x = Scale(*marks.padded([v for *_, a, b in both for v in (a, b)]), left, right)
     y = [TOP + ROW * n for n in range(len(rows))]
     parts = [marks.axes(x, Scale(0, 1, TOP - 20, y[-1] + 22), ACCURACY, None)]
-    for (index, row, before, after), at in zip(both, y, strict=True):
+    for (index, row, before, after), text, at in zip(both, said, y, strict=True):
         tip = f"{row['name']}: {before:.1%} before, {after:.1%} after"
-        parts.append(words(left - 12, at + 4, row["name"], f"{colour(index)} own", "end"))
+        parts.append(marks.name(left - 12, at + 4, row["name"], f"{colour(index)} own", "end"))
         parts.append(marks.line([(x(before), at), (x(after), at)], f"line {colour(index)}"))
         parts.append(marks.point(x(before), at, f"{tip} (before)", index, hollow=True))
         parts.append(marks.point(x(after), at, f"{tip} (after)", index))
-        out = ", takes no part" if not row["plan"] else ""
-        parts.append(words(640, at + 4, f"{before:.1%} → {after:.1%}  ({100 * (after - before):+.1f} points{out})"))
+        parts.append(words(right + 16, at + 4, text))
     title = "What each class gained"
     note = "Mean accuracy over the devices of a class: hollow before, full after. All get the same network."
-    return Chart("classes", title, note, marks.drawing(900, y[-1] + 64, title, *parts))
+    return Chart("classes", title, note, marks.drawing(wide, y[-1] + 64, title, *parts))
+
+
+def _gain(row: Row, before: float, after: float) -> str:
+    out = "" if row["plan"] else ", takes no part"
+    return f"{before:.1%} → {after:.1%}  ({100 * (after - before):+z.1f} points{out})"
 
 
 def picture(classes: Sequence[Row]) -> Chart | None:
@@ -102,21 +107,21 @@ def picture(classes: Sequence[Row]) -> Chart | None:
     names = next(([each["part"] for each in row["parts"]] for _, row in rows if row.get("parts")), None)
     if names is None:
         return None
-    left = _room(row["name"] for _, row in rows)
+    said = [f"{row['devices']} devices: {row['plan'] or 'sit out'}" for _, row in rows]
     size = min(CELL, 560 / len(names))
+    left, _, wide = marks.between((row["name"] for _, row in rows), said, len(names) * size)
     parts = [marks.legend({"trained": "m2 fill", "held, frozen": "frozen", "not held": "none"}, left, 12)]
     tall, top = 26.0, 58.0
     for column, name in enumerate(names):
         short = {"embeddings": "emb", "head": "head"}.get(name, name.removeprefix("block "))
         if size > 18 or column in (0, len(names) - 1):
             parts.append(words(left + size * (column + 0.5), top - 10, short, "soft", "middle"))
-    for number, (index, row) in enumerate(rows):
+    for number, ((index, row), text) in enumerate(zip(rows, said, strict=True)):
         at = top + number * (tall + 10)
-        parts.append(words(left - 12, at + 17, row["name"], f"{colour(index)} own", "end"))
+        parts.append(marks.name(left - 12, at + 17, row["name"], f"{colour(index)} own", "end"))
         cells = row["parts"] or [{"part": name, "held": 0, "trained": 0} for name in names]
         for column, cell in enumerate(cells):
             parts.append(_cell(left + column * size, at, size - 3, tall, row["name"], index, cell))
-        text = f"{row['devices']} devices: {row['plan'] or 'sit out'}"
         parts.append(words(left + len(names) * size + 10, at + 17, text))
     title = "Who trains what"
     note = (
@@ -124,7 +129,7 @@ def picture(classes: Sequence[Row]) -> Chart | None:
         "low-rank addition. Where a method changes its plan from round to round, this is the first."
     )
     high = top + len(rows) * (tall + 10)
-    return Chart("plan", title, note, marks.drawing(max(900, left + len(names) * size + 260), high, title, *parts))
+    return Chart("plan", title, note, marks.drawing(wide, high, title, *parts))
 
 
 def _cell(x: float, y: float, wide: float, tall: float, name: str, index: int, cell: Row) -> str:
@@ -148,9 +153,10 @@ def memory(classes: Sequence[Row]) -> Chart:
         bars.append((index, row["name"], row, row["predicted"], "predicted"))
         if row.get("measured"):
             bars.append((index, "measured", row, row["measured"], "measured"))
-    left = _room(name for _, name, *_ in bars)
+    said = [_peak(row, used) for _, _, row, used, _ in bars]
+    left, right, wide = marks.between((name for _, name, *_ in bars), said)
     top = max([used["peak_bytes"] for *_, used, _ in bars] + [row["budget"]["memory_bytes"] or 0 for row in classes])
-    x = Scale(0, top, left, 640)
+    x = Scale(0, top, left, right)
     categories = list(classes[0]["predicted"]["memory"])
     heads = {key.removesuffix("_bytes"): f"m{i} fill" for i, key in enumerate(categories)}
     parts, drawn, at = [marks.legend(heads, left, 14)], [], 40.0
@@ -158,13 +164,13 @@ def memory(classes: Sequence[Row]) -> Chart:
         tall = 20.0 if how == "predicted" else 12.0
         drawn.append(_bar(x, at, tall, name, row, used, how))
         style = f"{colour(index)} own" if how == "predicted" else "soft"
-        drawn.append(words(left - 12, at + tall / 2 + 4, name, style, "end"))
+        drawn.append(marks.name(left - 12, at + tall / 2 + 4, name, style, "end"))
         at += tall + (4 if how == "predicted" and row.get("measured") else 14)
     parts.append(marks.axes(x, Scale(0, 1, 32, at), Quantity("peak memory", "bytes"), None))
     title = "Memory at the peak against the budget"
     more = ", and below as measured" if len(bars) > len(classes) else ""
     note = f"Live tensors on a device at the peak, as predicted{more}. The upright line is the budget."
-    return Chart("memory", title, note, marks.drawing(900, at + 44, title, *parts, *drawn))
+    return Chart("memory", title, note, marks.drawing(wide, at + 44, title, *parts, *drawn))
 
 
 def _bar(x: Scale, y: float, tall: float, name: str, row: Row, used: Row, how: str) -> str:
@@ -179,11 +185,12 @@ def _bar(x: Scale, y: float, tall: float, name: str, row: Row, used: Row, how: s
     if limit:
         tip = f"{row['name']}: budget {human('bytes', limit)}"
         parts.append(tag("line", x1=x(limit), x2=x(limit), y1=y - 4, y2=y + tall + 4, class_="limit", tip=tip))
-    said = human("bytes", used["peak_bytes"], limit) + ("" if row["plan"] else ", sits out")
-    parts.append(
-        words(max(x(begin), x(limit or 0)) + 8, y + tall / 2 + 4, said + ("" if row["plan"] else ", sits out"))
-    )
+    parts.append(words(max(x(begin), x(limit or 0)) + 8, y + tall / 2 + 4, _peak(row, used)))
     return "".join(parts)
+
+
+def _peak(row: Row, used: Row) -> str:
+    return human("bytes", used["peak_bytes"], row["budget"]["memory_bytes"]) + ("" if row["plan"] else ", sits out")
 
 
 def coverage(blocks: int, tally: Tally) -> Chart | None:
@@ -191,7 +198,7 @@ def coverage(blocks: int, tally: Tally) -> Chart | None:
     usable = [(number, trained, count) for (number, _, trained, _), count in tally.items() if trained is not None]
     if not usable:
         return None
-    rounds = max(number for number, _, _ in usable)
+    rounds = max(number for number, *_ in tally)
     each = -(-rounds // _COLUMNS)
     updates, trained = Counter[int](), Counter[tuple[int, int]]()
     for number, some, count in usable:
@@ -211,9 +218,11 @@ def coverage(blocks: int, tally: Tally) -> Chart | None:
     for block in range(blocks):
         y = 24 + (blocks - 1 - block) * tall
         parts.append(words(left - 10, y + tall / 2 + 4, f"block {block}", "soft", "end"))
-        for column, count in sorted(updates.items()):
-            share = trained[column, block] / count
-            tip = f"round{_span(column, each)}, block {block}: {share:.0%} of {count} updates"
+        for column in range(columns):
+            count = updates[column]
+            share = trained[column, block] / count if count else 0.0
+            said = f"block {block}: {share:.0%} of {count} updates" if count else "no update was used"
+            tip = f"round{_span(column, each)}, {said}"
             box: dict[str, Any] = {"x": left + column * wide, "y": y, "width": wide - 1.5, "height": tall - 1.5}
             parts.append(tag("rect", **box, class_="none"))
             parts.append(tag("rect", **box, class_="m2 fill share", opacity=float(share), tip=tip))
@@ -225,17 +234,14 @@ def coverage(blocks: int, tally: Tally) -> Chart | None:
     parts.append(words(left + columns * wide / 2, bottom + 33, "round", "soft", "middle"))
     title = "Which blocks learned, round by round"
     note = "At the right: over the whole run. A block that nobody trains stays as it was pretrained."
+    if any(not updates[column] for column in range(columns)):
+        note += " Where a column is empty, no update was used."
     return Chart("coverage", title, note, marks.drawing(900, bottom + 42, title, *parts))
 
 
 def _span(column: int, each: int) -> str:
     first = column * each + 1
     return f" {first}" if each == 1 else f"s {first} to {first + each - 1}"
-
-
-def _room(names: Iterable[str]) -> float:
-    """Room at the left for names."""
-    return 24 + max(marks.width(name) for name in names)
 
 
 def of_run(summary: Row, rounds: Sequence[Row], tally: Tally) -> list[Chart]:

@@ -21,7 +21,7 @@ SPENT = {
     "down_bytes": Quantity("data received by devices", "bytes"),
     "flops": COSTS["flops"],
 }
-WIDE = 300.0
+WIDE, PANEL = 300.0, 140.0
 BEYOND = "Hollow: beyond the budgets."
 
 
@@ -77,37 +77,41 @@ def ranking(methods: Sequence[Row]) -> Chart:
     done = ranked(methods)
     rest = [(i, row) for i, row in enumerate(methods) if not row["seeds"]]
     before = [row["accuracy"]["before"]["mean_over_devices"]["mean"] for _, row in done]
-    edges = [m + s * sign for _, row in done for m, s in (mean_accuracy(row),) for sign in (-1, 1)]
-    left = 24 + max(marks.width(row["label"]) for row in methods)
-    x = Scale(*marks.padded([*edges, *before]), left, 640)
+    edges = [edge for _, row in done for edge in marks.about(*mean_accuracy(row))]
+    several = len({row["network"] for _, row in done}) > 1
+    said = {index: _said(row, several) for index, row in done}
+    left, right, wide = marks.between((row["label"] for row in methods), said.values())
+    x = Scale(*marks.padded([*edges, *before]), left, right)
     bottom = TOP + ROW * (len(methods) - 1) + 22
     parts = [marks.axes(x, Scale(0, 1, TOP - 18, bottom), ACCURACY, None)]
-    several = len({row["network"] for _, row in done}) > 1
     if len(set(before)) == 1:
         parts.append(marks.line([(x(before[0]), TOP - 18), (x(before[0]), bottom)], "dash"))
         parts.append(words(x(before[0]), TOP - 22, "before", "soft", "middle"))
     for n, (index, row) in enumerate([*done, *rest]):
         at = TOP + ROW * n
-        parts.append(words(left - 12, at + 4, row["label"], f"{colour(index)} own", "end"))
-        network = row["network"] if row["seeds"] and several else ""
-        parts.append(
-            _placed(index, row, network, x, at) if row["seeds"] else words(left, at + 4, _why_not(row), "soft")
-        )
+        parts.append(marks.name(left - 12, at + 4, row["label"], f"{colour(index)} own", "end"))
+        if index in said:
+            parts += [_placed(index, row, said[index], x, at), words(right + 16, at + 4, said[index])]
+        else:
+            parts.append(words(left, at + 4, _why_not(row), "soft"))
     title = "Which method is most accurate"
     note = "Mean over devices after the run; bars are one standard deviation over seeds."
     if any(over_budget(row) for _, row in done):
         note += f" {BEYOND}"
-    return Chart("ranking", title, note, marks.drawing(900, bottom + 44, title, *parts))
+    return Chart("ranking", title, note, marks.drawing(wide, bottom + 44, title, *parts))
 
 
-def _placed(index: int, row: Row, network: str, x: Scale, at: float) -> str:
-    (mean, std), over = mean_accuracy(row), over_budget(row)
+def _said(row: Row, several: bool) -> str:
+    """What stands beside a method; its network too where there are several."""
     part = f"{1 - row['took_part']:.0%} left out" if row["took_part"] < 1 else ""
-    text = ", ".join(each for each in (score(row), network, part, "beyond the budgets" if over else "") if each)
-    parts = [marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}")] if std else []
-    return "".join(
-        [*parts, marks.point(x(mean), at, f"{row['label']}: {text}", index, hollow=over), words(656, at + 4, text)]
-    )
+    over = "beyond the budgets" if over_budget(row) else ""
+    return ", ".join(filter(None, (score(row), marks.short(row["network"]) if several else "", part, over)))
+
+
+def _placed(index: int, row: Row, said: str, x: Scale, at: float) -> str:
+    mean, std = mean_accuracy(row)
+    bar = marks.line([(x(edge), at) for edge in marks.about(mean, std)], f"line {colour(index)}") if std else ""
+    return bar + marks.point(x(mean), at, f"{row['label']}: {said}", index, hollow=over_budget(row))
 
 
 def _why_not(row: Row) -> str:
@@ -118,8 +122,7 @@ def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
     """Accuracy against memory, bytes sent and received, and operations, with the front of those within the budgets."""
     done = [(i, row) for i, row in enumerate(methods) if row["seeds"]]
     low, high = marks.padded([mean_accuracy(row)[0] for _, row in done])
-    bottom = TOP + max(TALL, 14.0 * len(done))
-    wide = WIDE + max(marks.width(starred(row)) for _, row in done)
+    wide, bottom = _frame([starred(row) for _, row in done], TALL)
     y, made = Scale(low, high, bottom, TOP), []
     for key, across in SPENT.items():
         points = [(spent(row)[key], mean_accuracy(row)[0]) for _, row in done]
@@ -139,6 +142,11 @@ def tradeoffs(methods: Sequence[Row]) -> list[Chart]:
     return made
 
 
+def _frame(names: Sequence[str], tall: float) -> tuple[float, float]:
+    """Width of a chart with names in a column at its right, and where its axis lies: below all of them."""
+    return WIDE + max(marks.width(marks.short(each)) for each in names), TOP + max(tall, 14.0 * len(names))
+
+
 def _steps(points: Sequence[tuple[float, float]]) -> str:
     """A staircase: nothing up to a cost is better than the last step."""
     corners = [points[0]] if points else []
@@ -150,40 +158,54 @@ def _steps(points: Sequence[tuple[float, float]]) -> str:
 def fairness(methods: Sequence[Row]) -> Chart | None:
     """Classes x methods: accuracy after the run, one panel per class on the same axis, in the order of the ranking.
 
+    As many panels are side by side as there is room for.
     None where there is one class: the ranking has said all.
     """
     done = ranked(methods)
     rows = [by_class(row) for _, row in done]
     values = [
-        each["mean"] + sign * (each["std"] or 0.0) for row in rows for _, each, _ in row if each for sign in (-1, 1)
+        edge for row in rows for _, each, _ in row if each for edge in marks.about(each["mean"], each["std"] or 0)
     ]
     if not values:
         return None
-    left = 24 + max(marks.width(row["label"]) for _, row in done)
-    wide = (900 - left) / len(rows[0])
-    low, high = marks.padded(values)
-    bottom = 46 + 22 * (len(done) - 1) + 18
-    parts = [
-        words(left - 12, 46 + 22 * n + 4, row["label"], f"{colour(i)} own", "end") for n, (i, row) in enumerate(done)
-    ]
-    for column, (name, *_) in enumerate(rows[0]):
-        x = Scale(low, high, left + column * wide + 6, left + (column + 1) * wide - 18)
-        parts.append(marks.axes(x, Scale(0, 1, 28, bottom), ACCURACY, None))
-        parts.append(words(x.start, 18, name))
-        for n, (index, row) in enumerate(done):
-            (_, found, trains), at = rows[n][column], 46.0 + 22 * n
-            if found:
-                mean, std = found["mean"], found["std"] or 0.0
-                parts.append(marks.line([(x(mean - std), at), (x(mean + std), at)], f"line {colour(index)}"))
-                tip = f"{row['label']}, {name}: {mean:.1%} ± {std:.1%}" + ("" if trains else ", takes no part")
-                parts.append(marks.point(x(mean), at, tip, index, hollow=not trains))
+    left, bounds, count = marks.room(row["label"] for _, row in done), marks.padded(values), len(rows[0])
+    lines = math.ceil(count / max(1, int((marks.WIDE - left) / PANEL)))
+    each = math.ceil(count / lines)  # about as many in every line
+    tall, wide = 94.0 + 22 * len(done), (marks.WIDE - left) / each
+    parts = []
+    for number in range(count):
+        top, start = tall * (number // each), left + wide * (number % each)
+        if start == left:
+            for n, (index, row) in enumerate(done):
+                parts.append(marks.name(left - 12, top + 50 + 22 * n, row["label"], f"{colour(index)} own", "end"))
+        x = Scale(*bounds, start + 6, start + wide - 18)
+        parts.append(_panel(x, top, [(*ran, row[number]) for ran, row in zip(done, rows, strict=True)]))
     title = "Is it fair to every class"
     note = "Accuracy after the run on the devices of each class."
     if rows[0][-1][0] == WORST:
         note += " Worst off: the lowest of the classes, which may be another for each seed."
     if any(not trains for row in rows for _, _, trains in row):
-        note += " Hollow: the class takes no part in the training."
-    return Chart("fairness", title, note, marks.drawing(900, bottom + 42, title, *parts))
+        note += " A cross: the class takes no part in the training."
+    if any(over_budget(row) for _, row in done):
+        note += f" {BEYOND}"
+    return Chart("fairness", title, note, marks.drawing(marks.WIDE, tall * lines, title, *parts))
+
+
+def _panel(x: Scale, top: float, rows: Sequence[tuple[int, Row, tuple[str, Row | None, bool]]]) -> str:
+    """Accuracy of every method on one class."""
+    y = Scale(0, 1, top + 28, top + 42 + 22 * len(rows))
+    parts = [marks.axes(x, y, ACCURACY, None)]
+    parts.append(marks.name(x.start, top + 18, rows[0][2][0], most=x.end - x.start))
+    for n, (index, row, (name, found, trains)) in enumerate(rows):
+        if found:
+            at, mean, std = top + 46 + 22 * n, found["mean"], found["std"] or 0.0
+            parts.append(marks.line([(x(edge), at) for edge in marks.about(mean, std)], f"line {colour(index)}"))
+            tip = f"{row['label']}, {name}: {mean:.1%} ± {std:.1%}" + ("" if trains else ", takes no part")
+            over = over_budget(row)
+            parts.append(
+                marks.point(x(mean), at, tip, index, hollow=over) if trains else marks.cross(x(mean), at, tip, index)
+            )
+    return "".join(parts)
 
 
 def learning(methods: Sequence[Row], runs: Curves, target: float | None = None) -> list[Chart]:
@@ -196,18 +218,19 @@ def learning(methods: Sequence[Row], runs: Curves, target: float | None = None) 
     index = {row["label"]: i for i, row in enumerate(methods)}
     if not any(len(points) > 2 for points in found.values()):
         return []
-    edges = [value + sign * std for points in found.values() for _, value, std in points for sign in (-1, 1)]
-    y, made = Scale(*marks.padded([*edges, *([target] if target else [])]), TOP + TALL + 60, TOP), []
+    edges = [edge for points in found.values() for _, value, std in points for edge in marks.about(value, std)]
+    wide, bottom = _frame(list(found), TALL + 60)
+    y, made = Scale(*marks.padded([*edges, *([target] if target else [])]), bottom, TOP), []
     for key, across in COSTS.items():
         top = max(cost[key] for points in found.values() for cost, _, _ in points)
         if not top:
             continue
-        x = Scale(0, top, LEFT, 300)
+        x = Scale(0, top, LEFT, WIDE - 14)
         parts = [marks.axes(x, y, across, ACCURACY)]
         if target:
             parts.append(marks.line([(x.start, y(target)), (x(top), y(target))], "dash"))
         for label, points in found.items():
-            at = [(x(cost[key]), y(value), y(value - std), y(value + std)) for cost, value, std in points]
+            at = [(x(cost[key]), y(value), *map(y, marks.about(value, std))) for cost, value, std in points]
             look = colour(index[label])
             parts.append(marks.band([(a, c) for a, _, c, _ in at], [(a, d) for a, _, _, d in at], f"band {look}"))
             parts.append(marks.line([(a, b) for a, b, _, _ in at], f"line {look}", label))
@@ -216,9 +239,9 @@ def learning(methods: Sequence[Row], runs: Curves, target: float | None = None) 
                 parts.append(marks.point(a, b, tip, index[label]))
         last = {label: points[-1] for label, points in found.items()}
         ends = [(k, f"{colour(index[k])} own", x(cost[key]), y(value)) for k, (cost, value, _) in last.items()]
-        parts.append(marks.labels(ends, 317, TOP + 4, TOP + TALL + 60))
+        parts.append(marks.labels(ends, WIDE, TOP + 4, bottom))
         title = f"Accuracy over {across.name}"
-        svg = marks.drawing(470, TOP + TALL + 102, title, *parts)
+        svg = marks.drawing(wide, bottom + 42, title, *parts)
         made.append(Chart(f"learning-{key.split('_')[0]}", title, "", svg))
     return made
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
+from lamina.table import printable
 from lamina.units import duration, human, unit
 
 COLOURS, SHAPES = 8, 3
+WIDE, LONGEST = 900.0, 300.0  # width of a chart across the page, and of a name in it at most
 STYLE = (Path(__file__).parent / "chart.css").read_text(encoding="utf-8")
 
 
@@ -78,12 +81,12 @@ class Quantity:
         return f"{self.name} ({name})", size
 
 
-def tag(name: str, /, inside: str = "", tip: str = "", **attributes: object) -> str:
+def tag(kind: str, /, inside: str = "", tip: str = "", **attributes: object) -> str:
     """An element; `tip` is shown on hovering, `class_` is the class. `inside` is SVG already, all else is escaped."""
     texts = ((key.rstrip("_").replace("_", "-"), _written(value)) for key, value in attributes.items())
     written = "".join(f' {key}="{escape(value)}"' for key, value in texts)
     inside = f"<title>{escape(tip)}</title>{inside}" if tip else inside
-    return f"<{name}{written}>{inside}</{name}>"
+    return f"<{kind}{written}>{inside}</{kind}>"
 
 
 def _written(value: object) -> str:
@@ -95,9 +98,42 @@ def words(x: float, y: float, said: str, class_: str = "", anchor: str = "start"
     return tag("text", escape(said), x=float(x), y=float(y), class_=class_, text_anchor=anchor)
 
 
+def name(x: float, y: float, said: str, class_: str = "", anchor: str = "start", most: float = LONGEST) -> str:
+    """The name of something: as `words`, but a long one is shortened, and shown in full on hovering."""
+    drawn = short(said, most)
+    tip = said if drawn != said else ""
+    return tag("text", escape(drawn), tip=tip, x=float(x), y=float(y), class_=class_, text_anchor=anchor)
+
+
+def short(said: str, most: float = LONGEST) -> str:
+    """A name no wider than `most`: a long one without its middle, for names often differ at their ends."""
+    if width(said) <= most:
+        return said
+    cuts = (f"{said[: n - n // 2]}…{said[len(said) - n // 2 :]}" for n in range(min(len(said), 100), 0, -1))
+    return next((cut for cut in cuts if width(cut) <= most), "…")
+
+
 def width(said: str) -> float:
-    """About as wide as a text is drawn."""
-    return 7.4 * len(said)
+    """About as wide as a text is drawn, where it is bold."""
+    return sum(_broad(letter) for letter in said)
+
+
+def _broad(letter: str) -> float:
+    if letter in "MW@%" or east_asian_width(letter) in "WF":
+        return 14.0
+    return 9.2 if letter.isupper() else 7.4
+
+
+def room(names: Iterable[str]) -> float:
+    """Room for names that end before an axis."""
+    return 24 + max(width(short(each)) for each in names)
+
+
+def between(names: Iterable[str], said: Iterable[str], least: float = 300) -> tuple[float, float, float]:
+    """Where an axis begins and ends that has names at its left and texts at its right, and the width of the chart."""
+    left, right = room(names), 24 + max(map(width, said))
+    wide = max(WIDE, left + least + right)
+    return left, wide - right, wide
 
 
 def colour(index: int) -> str:
@@ -116,6 +152,12 @@ def point(x: float, y: float, tip: str, index: int, class_: str = "", hollow: bo
         return tag("circle", cx=float(x), cy=float(y), r=4.5, **look)
     turn: dict[str, Any] = {"transform": f"rotate(45 {_written(float(x))} {_written(float(y))})"} if shape == 2 else {}
     return tag("rect", x=x - 4.0, y=y - 4.0, width=8, height=8, **look, **turn)
+
+
+def cross(x: float, y: float, tip: str, index: int) -> str:
+    """A mark in the place of a point, in the colour of the `index`-th thing."""
+    path = " ".join(f"M{_written(x - 4 * turn)} {_written(y - 4)}l{8 * turn} 8" for turn in (1, -1))
+    return tag("path", d=path, class_=f"line {colour(index)} hit", tip=tip)
 
 
 def line(points: Sequence[tuple[float, float]], class_: str, tip: str = "") -> str:
@@ -144,31 +186,36 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def padded(values: Iterable[float], share: float = 0.08) -> tuple[float, float]:
-    """Bounds around values with some air, apart even where the values are all the same."""
+    """Bounds around shares with some air, between 0 and 1, apart even where the values are all the same."""
     found = list(values)
     air = (max(found) - min(found)) * share or abs(max(found)) * share or 1.0
-    return min(found) - air, max(found) + air
+    return max(0.0, min(found) - air), min(1.0, max(found) + air)
+
+
+def about(mean: float, std: float) -> tuple[float, float]:
+    """A standard deviation to both sides of a share, between 0 and 1."""
+    return max(0.0, mean - std), min(1.0, mean + std)
 
 
 def axes(x: Scale, y: Scale, across: Quantity, up: Quantity | None) -> str:
     """Grid, numbers and names of both axes; without `up` only those across. Values are in the units of the data."""
     parts, bottom = [], max(y.start, y.end)
-    name, size = across.scaled(max(abs(x.low), abs(x.high)))
+    title, size = across.scaled(max(abs(x.low), abs(x.high)))
     for value in ticks(x.low / size, x.high / size, max(2, int(abs(x.end - x.start) / 70))):
         at = x(value * size)
         parts.append(tag("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, class_="axis"))
         parts.append(words(at, bottom + 17, f"{value:.6g}", "soft", "middle"))
         if up is None:
             parts.append(tag("line", x1=at, x2=at, y1=min(y.start, y.end), y2=bottom, class_="rule"))
-    parts.append(words((x.start + x.end) / 2, bottom + 34, name, "soft", "middle"))
+    parts.append(words((x.start + x.end) / 2, bottom + 34, title, "soft", "middle"))
     parts.append(tag("line", x1=x.start, x2=x.end, y1=bottom, y2=bottom, class_="axis"))
     if up is not None:
-        name, size = up.scaled(max(abs(y.low), abs(y.high)))
+        title, size = up.scaled(max(abs(y.low), abs(y.high)))
         for value in ticks(y.low / size, y.high / size):
             at = y(value * size)
             parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="rule"))
             parts.append(words(x.start - 7, at + 4, f"{value:.6g}", "soft", "end"))
-        parts.append(words(4, min(y.start, y.end) - 10, name, "soft"))
+        parts.append(words(4, min(y.start, y.end) - 10, title, "soft"))
     return "".join(parts)
 
 
@@ -196,7 +243,7 @@ def drawing(width: float, height: float, label: str, *parts: str) -> str:
     """The whole of a chart; `label` says in words what it shows."""
     return tag(
         "svg",
-        "".join(parts),
+        printable("".join(parts)),
         viewBox=f"0 0 {_written(float(width))} {_written(float(height))}",
         width=float(width),
         role="img",
@@ -207,10 +254,10 @@ def drawing(width: float, height: float, label: str, *parts: str) -> str:
 def legend(entries: Mapping[str, str], x: float, y: float) -> str:
     """Squares of classes, each with its name, in one row."""
     parts: list[str] = []
-    for name, class_ in entries.items():
+    for said, class_ in entries.items():
         parts.append(tag("rect", x=x, y=y - 10, width=11, height=11, class_=class_))
-        parts.append(words(x + 16, y, name, "soft"))
-        x += 30 + width(name)
+        parts.append(words(x + 16, y, said, "soft"))
+        x += 30 + width(said)
     return "".join(parts)
 
 
@@ -224,7 +271,7 @@ def labels(found: Sequence[tuple[str, str, float, float]], at: float, low: float
         high: Lowest place.
     """
     parts = []
-    for (name, class_, x, y), free in zip(found, spread([y for *_, y in found], 14, low, high), strict=True):
+    for (said, class_, x, y), free in zip(found, spread([y for *_, y in found], 14, low, high), strict=True):
         parts.append(tag("line", x1=x + 3, y1=y, x2=at - 3, y2=free, class_=f"{class_.split()[0]} lead"))
-        parts.append(words(at, free + 4, name, class_))
+        parts.append(name(at, free + 4, said, class_))
     return "".join(parts)

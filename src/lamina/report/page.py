@@ -16,9 +16,11 @@ from lamina import files, tables
 from lamina.errors import UserError
 from lamina.report import answers, charts, contrast
 from lamina.report.marks import Chart
-from lamina.table import Table
+from lamina.table import Table, printable
 
 Row = Mapping[str, Any]
+_ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration)
+"""What comes of files that are JSON, but not what a run writes."""
 MEASURED = "plan-measured.json"
 _NOBODY = "Nobody: every class has a plan, and every update counted."
 _STYLE = "".join((Path(__file__).parent / name).read_text("utf-8") for name in ("chart.css", "dark.css", "page.css"))
@@ -64,7 +66,7 @@ class Report:
         folded = "".join(
             f"<details><summary>{escape(k)}</summary><pre>{escape(v)}</pre></details>" for k, v in self.folded.items()
         )
-        return (
+        return printable(
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n"
@@ -78,15 +80,21 @@ def read(folder: Path) -> Report:
     """What the folder of a run or of a comparison has to say.
 
     Raises:
-        UserError: It holds neither a finished run nor a comparison, or a file of it cannot be read.
+        UserError: It is not there, holds neither a finished run nor a comparison, or a file of it cannot be read.
     """
     for name, make in (("summary.json", _of_run), ("compare.json", _of_comparison)):
         if (folder / name).is_file():
             try:
-                return make(folder, _json(folder / name))
-            except (KeyError, TypeError, IndexError, StopIteration) as error:
+                made = make(folder, _json(folder / name))
+                made.html()  # finds what is not text
+                return made
+            except _ODD as error:
                 reason = f"{type(error).__name__} {error}"
                 raise UserError(f"{folder / name} is not as this version of lamina writes it: {reason}") from error
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    if (folder / "config.toml").is_file():
+        raise UserError(f"the run in {folder} is not finished: `lamina run --resume {folder}` goes on with it")
     raise UserError(f"{folder} has no summary.json, as a finished run has, and no compare.json, as a comparison has")
 
 
@@ -171,20 +179,36 @@ def _run(folder: Path) -> tuple[Row, list[Row]] | None:
 
 def _settings(folder: Path) -> dict[str, str]:
     path = folder / "config.toml"
-    found = {"Settings, every default filled in": path.read_text("utf-8")} if path.is_file() else {}
+    found = {"Settings, every default filled in": _text(path)} if path.is_file() else {}
     return found | _versions(folder)
 
 
 def _versions(folder: Path) -> dict[str, str]:
     path = folder / "env.json"
-    return {"Versions and machine": path.read_text("utf-8")} if path.is_file() else {}
+    return {"Versions and machine": _text(path)} if path.is_file() else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _parsed(_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _parsed(text: str) -> Any:
+    """JSON, which has no numbers that are not finite."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def _lines(path: Path) -> Iterator[Row]:
@@ -192,7 +216,7 @@ def _lines(path: Path) -> Iterator[Row]:
         return
     with open(path, encoding="utf-8") as file:
         try:
-            yield from map(json.loads, file)
+            yield from map(_parsed, file)
         except ValueError as error:
             raise UserError(f"{path} is not JSON lines: {error}") from error
 

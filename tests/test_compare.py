@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import Table, memory, outcome, write_world
 
-from lamina import compare, config, tables, toml
+from lamina import compare, config, files, tables, toml
 from lamina.cli import main
 from lamina.compare import cells, collect, run_cell
 from lamina.config import Comparison
@@ -165,6 +165,56 @@ def test_a_cell_that_was_stopped_goes_on_as_if_it_was_not(table: Table, tmp_path
     assert "not run" in str(tables.comparison(collected)[0].rows)
     run_cell(cell, misfits, finish)
     assert outcome(cell.folder) == outcome(whole.folder)
+
+
+def test_a_cell_that_another_process_holds_is_left_alone(table: Table, tmp_path: Path, lamina: Call) -> None:
+    """Between the lines of a round and its state, a second process would cut the lines off."""
+    out = tmp_path / "out"
+    cell = next(cells(load(table, tmp_path), out))
+
+    def crash(run: Run) -> None:
+        run.play()
+        (cell.folder / "summary.json").unlink()
+        with open(cell.folder / "rounds.jsonl", "a", encoding="utf-8") as file:
+            file.write("a round under way\n")
+
+    run_cell(cell, {}, crash)
+    (cell.folder / ".state.safetensors.abc").touch()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with files.lock(cell.folder):
+        code, _, err = lamina("compare", tmp_path / "compare.toml", "--out", out)
+    assert (code, err) == (2, f"error: another process is working in {cell.folder}\n")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_cell_that_another_process_begins_or_ends_is_not_played_twice(table: Table, tmp_path: Path) -> None:
+    cell = next(cells(load(table, tmp_path), tmp_path / "out"))
+
+    def second(run: Run) -> None:
+        with pytest.raises(UserError, match="another process is working in"):
+            run_cell(cell, {}, lambda run: pytest.fail("played twice"))
+        run.play()
+
+    run_cell(cell, {}, second)
+    run_cell(cell, {}, lambda run: pytest.fail("played twice"))
+    assert list(cell.folder.parent.iterdir()) == [cell.folder]
+
+
+def test_an_empty_folder_is_that_of_its_cell(table: Table, tmp_path: Path) -> None:
+    """As a kill leaves it between the folder and its first file."""
+    cell = next(cells(load(table, tmp_path), tmp_path / "out"))
+    cell.folder.mkdir(parents=True)
+    run_cell(cell, {}, finish)
+    assert cell.result() and list(cell.folder.parent.iterdir()) == [cell.folder]
+
+
+def test_a_method_that_does_not_fit_leaves_no_folder(table: Table, tmp_path: Path) -> None:
+    misfits: dict[str, str] = {}
+    run_cell(list(cells(load(table, tmp_path), tmp_path / "out"))[2], misfits, finish)
+    assert list(misfits) == ["lora"] and not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made: "):
+        run_cell(next(cells(load(table, tmp_path), tmp_path / "file")), misfits, finish)
 
 
 def test_cells_are_known_by_their_settings(table: Table, tmp_path: Path) -> None:

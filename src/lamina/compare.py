@@ -20,7 +20,7 @@ from lamina import files, report, tables, toml
 from lamina.config import Comparison, Experiment
 from lamina.errors import DoesNotFitError
 from lamina.report import charts
-from lamina.run import Run, resume, start
+from lamina.run import Run, take_up
 
 SCHEMA = "lamina.compare/1"
 _ASIDE = ("name", "seed", "workers", "track")
@@ -52,16 +52,6 @@ class Cell:
         lines = (self.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
         found = charts.progress(self.result() or {}, [json.loads(line) for line in lines])["mean_over_devices"]
         return next((spent for spent, accuracy in found if accuracy >= target), None)
-
-    def prepare(self) -> Run:
-        """The run, taken up where it was stopped if it was.
-
-        Raises:
-            DoesNotFitError: The budgets allow no plan.
-        """
-        if (self.folder / "config.toml").exists():
-            return resume(self.folder)
-        return start(self.experiment, self.folder.parent, self.folder.name)
 
 
 def cells(comparison: Comparison, out: Path) -> Iterator[Cell]:
@@ -110,13 +100,19 @@ def save(folder: Path, collected: Mapping[str, Any]) -> None:
 
 
 def run_cell(cell: Cell, misfits: dict[str, str], play: Callable[[Run], None]) -> None:
-    """Do what is left of a cell; if its method does not fit, the reason goes into `misfits`."""
-    try:
-        current = cell.prepare()
-    except DoesNotFitError as error:
-        misfits[cell.label] = str(error)
-        return
-    with files.lock(current.folder):
+    """Do what is left of a cell; if its method does not fit, the reason goes into `misfits`.
+
+    Raises:
+        UserError: Another process is working on it; then nothing is changed.
+    """
+    with files.claim(cell.folder):
+        if cell.result():  # another process was quicker
+            return
+        try:
+            current = take_up(cell.experiment, cell.folder)
+        except DoesNotFitError as error:
+            misfits[cell.label] = str(error)
+            return
         play(current)
 
 

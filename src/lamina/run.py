@@ -290,14 +290,22 @@ def start(experiment: Experiment, root: Path, name: str = "") -> Run:
         UserError: Nothing fits, or data or a network cannot be used; then no folder is left behind.
     """
     run = _prepare(experiment)
-    run.folder = _new_folder(experiment, root, name)
-    files.write(run.folder / "config.toml", toml.dump(_anchored(experiment).to_table()))
-    files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
-    return run
+    return _begin(run, _new_folder(experiment, root, name))
+
+
+def take_up(experiment: Experiment, folder: Path) -> Run:
+    """The run of an experiment in a folder that the caller has locked: begun if nothing is there yet, else resumed.
+
+    Raises:
+        UserError: As `start`, which leaves the folder empty, or as `resume`.
+    """
+    if any(not each.name.startswith(".") for each in folder.iterdir()):
+        return resume(folder)
+    return _begin(_prepare(experiment), folder)
 
 
 def resume(folder: Path) -> Run:
-    """Take up the run in `folder` after its last complete round.
+    """Take up the run in `folder`, which the caller has locked, after its last complete round.
 
     Raises:
         UserError: There is no run, it is finished, or its state is damaged or of another version.
@@ -361,6 +369,14 @@ def _prepare(experiment: Experiment) -> Run:
     task = load_task(experiment)
     outlook = look_ahead(experiment, task)
     return Run(Path(), experiment, outlook, task, first_state(experiment, outlook, task))
+
+
+def _begin(run: Run, folder: Path) -> Run:
+    """Write what there is of a run before its first round."""
+    run.folder = folder
+    files.write(folder / "config.toml", toml.dump(_anchored(run.experiment).to_table()))
+    files.write_json(folder / "env.json", environment() | {"card": card(run.device)})
+    return run
 
 
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:

@@ -17,6 +17,16 @@ from lamina.errors import UserError
 from lamina.run import Run
 
 Call = Callable[..., tuple[int | str | None, str, str]]
+DAMAGES: dict[str, tuple[str, Callable[[str], str] | None, bool]] = {
+    "half a result": ("summary.json", lambda text: text[: len(text) // 2], False),
+    "no result": ("summary.json", lambda text: "{}", False),
+    "null": ("summary.json", lambda text: "null", False),
+    "a part missing": ("summary.json", lambda text: text.replace('"accuracy"', '"accurate"'), False),
+    "half a line": ("rounds.jsonl", lambda text: text[:-9], False),
+    "a line missing": ("rounds.jsonl", lambda text: text.splitlines()[0], True),
+    "no lines": ("rounds.jsonl", None, True),
+}
+"""What is the matter -> file of a cell, what becomes of its text (None: it is gone), whether there is a target."""
 
 
 @pytest.fixture
@@ -43,6 +53,11 @@ def written(table: Table, folder: Path) -> Path:
 
 def load(table: Table, folder: Path, *overrides: str) -> Comparison:
     return config.load_comparison(written(table, folder), overrides)
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    """All files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def finish(run: Run) -> None:
@@ -180,11 +195,11 @@ def test_a_cell_that_another_process_holds_is_left_alone(table: Table, tmp_path:
 
     run_cell(cell, {}, crash)
     (cell.folder / ".state.safetensors.abc").touch()
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    before = content(out)
     with files.lock(cell.folder):
         code, _, err = lamina("compare", tmp_path / "compare.toml", "--out", out)
     assert (code, err) == (2, f"error: another process is working in {cell.folder}\n")
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert content(out) == before
 
 
 def test_a_cell_that_another_process_begins_or_ends_is_not_played_twice(table: Table, tmp_path: Path) -> None:
@@ -215,6 +230,57 @@ def test_a_method_that_does_not_fit_leaves_no_folder(table: Table, tmp_path: Pat
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made: "):
         run_cell(next(cells(load(table, tmp_path), tmp_path / "file")), misfits, finish)
+
+
+@pytest.mark.parametrize(("name", "damage", "target"), DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_cell_is_named_and_nothing_is_written(
+    name: str, damage: Callable[[str], str] | None, target: bool, table: Table, tmp_path: Path, lamina: Call
+) -> None:
+    table |= {"methods": table["methods"][:1], "seeds": [3], "rounds": 2, "eval_every": 1}
+    if target:
+        table["target"] = 0.5
+    file, out = written(table, tmp_path), tmp_path / "out"
+    assert lamina("compare", file, "--out", out)[0] == 0
+    cell = next(cells(load(table, tmp_path), out))
+    path = cell.folder / name
+    if damage:
+        path.write_text(damage(path.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        path.unlink()
+    before = content(out)
+    code, text, err = lamina("compare", file, "--out", out)
+    assert (code, text, content(out)) == (2, "", before)
+    assert err.startswith(f"error: {path} is damaged: ") and err.endswith(f"; delete {cell.folder} to run it again\n")
+    assert err.count("\n") == 1
+
+
+def test_rounds_may_be_gone_where_nothing_needs_them(table: Table, tmp_path: Path, lamina: Call) -> None:
+    table |= {"methods": table["methods"][:1], "seeds": [3]}
+    file, out = written(table, tmp_path), tmp_path / "out"
+    lamina("compare", file, "--out", out)
+    (next(cells(load(table, tmp_path), out)).folder / "rounds.jsonl").unlink()
+    assert lamina("compare", file, "--out", out)[0] == 0
+
+
+def test_a_method_that_cannot_do_the_task_is_found_before_any_is_trained(
+    table: Table, tmp_path: Path, lamina: Call
+) -> None:
+    table["methods"] = [{"name": "caff"}, {"name": "fed2", "label": "grouped"}]
+    out = tmp_path / "out"
+    code, _, err = lamina("compare", written(table, tmp_path), "--out", out)
+    said = "error: grouped: method 'fed2' is for classification only; the task is language\n"
+    assert (code, err, out.exists()) == (2, said, False)
+    table["methods"] = [{"name": "caff"}, {"name": "caff", "label": "other", "networks": ["nowhere"]}]
+    code, _, err = lamina("compare", written(table, tmp_path), "--out", out)
+    assert code == 2 and err.startswith("error: other: no network 'nowhere'") and not out.exists()
+
+
+def test_where_no_method_fits_there_is_no_result(table: Table, tmp_path: Path, lamina: Call) -> None:
+    table["methods"] = [table["methods"][2], {"name": "fedavg", "on_infeasible": "reject"}]
+    out = tmp_path / "out"
+    code, _, err = lamina("compare", written(table, tmp_path), "--out", out)
+    assert code == 2 and err.startswith("error: no method fits the budgets: lora: ") and "; fedavg: " in err
+    assert not out.exists()
 
 
 def test_cells_are_known_by_their_settings(table: Table, tmp_path: Path) -> None:

@@ -139,13 +139,15 @@ def compare(
 ) -> None:
     """Run methods x seeds under the same fleet and show one table; the same command goes on after a stop."""
     from lamina import config, tables
-    from lamina.compare import cells, collect, run_cell, save
+    from lamina.compare import cells, check, collect, run_cell, save
+    from lamina.errors import DoesNotFitError
     from lamina.report import answers
     from lamina.view import View
 
     view = View(quiet=as_json)
     comparison = config.load_comparison(file, overrides)
     found, folder = list(cells(comparison, out)), out / comparison.name
+    check(comparison, found)
     misfits: dict[str, str] = {}
     with view.cells(len(found)) as live:
         try:
@@ -156,11 +158,16 @@ def compare(
                     live.begin(what)
                     run_cell(cell, misfits, live.play)
                 live.done(what, cell.result(), misfits.get(cell.label), known=bool(known))
-                save(folder, collect(comparison, found, misfits))
+                if cell.result() and not known:
+                    save(folder, collect(comparison, found, misfits))
         except KeyboardInterrupt:
             view.say("stopped; the same command goes on")
             raise typer.Exit(130) from None
+    if not any(cell.result() for cell in found):
+        reasons = "; ".join(f"{label}: {reason}" for label, reason in misfits.items())
+        raise DoesNotFitError(f"no method fits the budgets: {reasons}")
     collected = collect(comparison, found, misfits)
+    save(folder, collected)
     if as_json:
         _print_json(collected)
         return

@@ -18,7 +18,7 @@ from lamina.fleet import Budget, Rates, Roster, roster
 from lamina.job import Turn
 from lamina.layout import Layout
 from lamina.plan import Plan
-from lamina.planner import Candidate, Fleet, Group, Prefer, assess, choose_network, fit
+from lamina.planner import Candidate, Fleet, Group, Prefer, assess, choose_network, demand_task, fit
 from lamina.spec import Spec
 from lamina.traces import Traces
 
@@ -162,6 +162,16 @@ def _fitted(experiment: Experiment) -> dict[Path, Spec]:
     """Folders of the candidate networks, each with the network as the task uses it."""
     folders = map(networks.find, experiment.networks)
     return {folder: experiment.task.fit(checkpoint.read_spec(folder), folder) for folder in folders}
+
+
+def check_task(experiment: Experiment) -> None:
+    """Refuse, without looking at data or weights, what cannot do the task.
+
+    Raises:
+        UserError: A network is missing or does not fit the task, or the method is not for it.
+    """
+    for spec in _fitted(experiment).values():
+        demand_task(experiment.method, spec)
 
 
 def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, Any] | None]:

@@ -295,6 +295,17 @@ def test_cells_are_known_by_their_settings(table: Table, tmp_path: Path) -> None
     assert seeds == [3, 3, 3, 1, 1, 1]
 
 
+def test_folders_of_long_labels_are_cut_between_letters(table: Table, tmp_path: Path) -> None:
+    table["methods"] = [
+        {"name": "caff", "label": 80 * "長"},
+        {"name": "caff", "label": 300 * "長", "train_head": False},
+    ]
+    first, second, *_ = (cell.folder for cell in cells(load(table, tmp_path), tmp_path))
+    assert first.name[:66] == second.name[:66] == 66 * "長" and first.name[66] == second.name[66] == "-"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+
+
 def test_one_seed_has_no_spread(table: Table, tmp_path: Path) -> None:
     alone = {"seeds": [3], "methods": [{"name": "caff"}], "fleet": table["fleet"][:1]}
     comparison = load(table | alone, tmp_path)

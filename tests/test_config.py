@@ -103,7 +103,9 @@ def test_every_method_survives_toml(method: Any) -> None:
     assert experiment(tomllib.loads(toml.dump(made.to_table())), "there") == made
 
 
-names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0\x7f"), min_size=1, max_size=8)
+names = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0\x7f"), min_size=1, max_size=8
+).filter(lambda name: name not in (".", ".."))
 counts = st.integers(1, 10**12)
 floats = st.floats(1e-30, 1e30, allow_nan=False)
 sizes = st.one_of(st.none(), counts, st.builds("{} {}".format, counts, st.sampled_from(["B", "kB", "MiB"])))
@@ -214,6 +216,9 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         ("networks=[]", ": networks must name at least one network"),
         ("name='a/b'", ": name must be a plain file name, got 'a/b'"),
         ("name=''", ": name must be a plain file name, got ''"),
+        ("name='.'", ": name must be a plain file name, got '.'"),
+        ("name='..'", ": name must be a plain file name, got '..'"),
+        (f"name='{67 * '長'}'", ": name must have at most 200 bytes, as folders get it; got 201"),
         ("method.train_head=1", ": [method] caff: train_head = 1 is not accepted: Input should be a valid boolean"),
         ("local=3", ": [local] must be a table, got 3"),
         ("fleet=3", ': fleet must be written as [[fleet]] tables, one per device class, or be "traces"'),

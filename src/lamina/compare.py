@@ -96,7 +96,8 @@ def cells(comparison: Comparison, out: Path) -> Iterator[Cell]:
             made = replace(experiment, seed=seed)
             digest = files.digest(toml.dump(replace(made, workers=0, track=()).to_table()).encode())[:8]
             short = re.sub(r"[^\w.]+", "-", label).strip("-")
-            yield Cell(label, made, out / comparison.name / f"{short}-{seed}-{digest}")
+            name = f"{short}-{seed}".encode()[: files.NAME_BYTES].decode(errors="ignore")
+            yield Cell(label, made, out / comparison.name / f"{name}-{digest}")
 
 
 def check(comparison: Comparison, found: Sequence[Cell]) -> None:

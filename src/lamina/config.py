@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lamina import placement, toml
+from lamina import files, placement, toml
 from lamina.clock import Clock
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
@@ -101,8 +101,10 @@ class Experiment:
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
-        if not self.name or any(letter in self.name for letter in "/\\\0"):
+        if self.name in ("", ".", "..") or any(letter in self.name for letter in "/\\\0"):
             raise ValueError(f"name must be a plain file name, got {self.name!r}")
+        if (size := len(self.name.encode())) > files.NAME_BYTES:
+            raise ValueError(f"name must have at most {files.NAME_BYTES} bytes, as folders get it; got {size}")
         for key in ("rounds", "cohort"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")

@@ -16,6 +16,8 @@ from typing import Any
 
 from lamina.errors import UserError
 
+NAME_BYTES = 200
+"""Longest part of a file name that users choose: file systems take 255 bytes, and there is something around it."""
 _LOCK, _MARK = ".lock", ".at-work"
 
 

@@ -111,7 +111,23 @@ def test_a_file_gives_an_experiment_per_method(table: Table, tmp_path: Path) -> 
         ),
         "share": ({"target": 50}, "target must be an accuracy between 0 and 1, such as 0.5, got 50"),
         "unseen": ({"target": 0.5}, "target needs rounds that are evaluated on the way: set eval_every, such as 1"),
-        "key": ({"methods": [{"name": "caff", "rnk": 2}]}, r"\[\[methods\]\] 1: \[method\] caff: unknown key 'rnk'"),
+        "key": ({"methods": [{"name": "caff", "rnk": 2}]}, r"\[\[methods\]\] 1: caff: unknown key 'rnk'; accepted: "),
+        "lable": (
+            {"methods": [{"name": "caff", "lable": "mine"}]},
+            r"1: caff: unknown key 'lable'; did you mean 'label'\? .*train_embeddings, label, networks, local$",
+        ),
+        "no name": ({"methods": [{"label": "mine"}]}, r"\[\[methods\]\] 1: name is missing, the method's; accepted: f"),
+        "odd name": ({"methods": [{"name": ["caff"]}]}, r"1: \[method\]: unknown name \['caff'\]; "),
+        "no label": (
+            {"methods": [{"name": "caff", "label": " "}]},
+            "1: label must be a text that is not empty, got ' '",
+        ),
+        "number": ({"methods": [{"name": "caff", "label": 3}]}, "1: label must be a text that is not empty, got 3"),
+        "none of them": (
+            {"methods": [{"name": "caff", "local": {"lr": []}}]},
+            r"1: local\.lr is an empty list; give a value, or a list of those to compare",
+        ),
+        "local of all": ({"local": 3}, r"\[\[methods\]\] 1: local must be a table, got 3"),
         "local": ({"methods": [{"name": "caff", "local": 3}]}, r"\[\[methods\]\] 1: local must be a table, got 3"),
     }.values(),
 )

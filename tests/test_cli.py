@@ -92,6 +92,10 @@ BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     "nan": (put("lr", float("nan"), "local"), "lr = nan is not accepted: Input should be a finite number"),
     "nothing fits": (put("fleet", [{"name": "weak", "memory": 1000}]), "class 'weak' fits no plan of tiny-2"),
     "no network": (put("networks", ["tiny-9"]), "no network 'tiny-9': it is neither a folder"),
+    "misspelt network": (
+        put("networks", ["novel-3"]),
+        "nor one of the package's; did you mean 'novels-3'? accepted: nov",
+    ),
     "too short a network": (short_network, "has 96 symbols and 8 positions; the task needs"),
     "too large a cohort": (put("cohort", 7), "cohort = 7 is more than the 6 devices there are"),
     "no text": (put("path", "nowhere.json", "task"), "nowhere.json does not exist"),
@@ -101,9 +105,14 @@ BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     "broken config": (broken_config, "config.json is not JSON"),
     "no such lever": (
         put("levers", ["recompute", "recompte"]),
-        "levers: unknown 'recompte'; did you mean 'recompute'? accepted: none, exact, all, " + ", ".join(NAMES),
+        "levers: unknown 'recompte'; did you mean 'recompute'? accepted: " + ", ".join(NAMES),
     ),
     "no such set of levers": (put("levers", "exakt"), "levers: unknown 'exakt'; did you mean 'exact'? accepted: "),
+    "a set in a list": (
+        put("levers", ["recompute", "exact"]),
+        'levers: "exact" stands alone, as levers = "exact"; a list takes chunked_loss, ',
+    ),
+    "no name in a list": (put("levers", [""]), "levers: unknown ''; accepted: chunked_loss, "),
     "neither set nor lever": (put("levers", "some"), "levers: unknown 'some'; accepted: "),
     "levers as a number": (put("levers", 3), "levers = 3 is not accepted"),
     "levers in a list": (put("levers", [["recompute"]]), "levers = [['recompute']] is not accepted"),

@@ -438,10 +438,10 @@ def stop_in_round(patch: pytest.MonkeyPatch, round_: int, error: BaseException) 
 def test_a_stop_says_how_to_go_on(file: Path, lamina: Call, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_in_round(patch, 2, KeyboardInterrupt())
-        code, out, _ = lamina("run", file, "--out", tmp_path / "runs")
-    (folder,) = (tmp_path / "runs").iterdir()
+        code, out, _ = lamina("run", file, "--out", tmp_path / "my runs")
+    (folder,) = (tmp_path / "my runs").iterdir()
     assert code == 130
-    assert f"lamina run --resume {folder}" in "".join(out.split("\n")).replace("  ", " ")
+    assert f"lamina run --resume '{folder}'" in "".join(out.split("\n")).replace("  ", " ")
     assert [line["round"] for line in lines(folder / "rounds.jsonl")] == [1]
     code, out, err = lamina("run", "--resume", folder)
     assert (code, err) == (0, "")

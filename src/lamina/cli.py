@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,7 +65,7 @@ def run(
         try:
             summary = view.play(current)
         except KeyboardInterrupt:
-            view.say(f"stopped; go on with: lamina run --resume {current.folder}")
+            view.say(f"stopped; go on with: lamina run --resume {shlex.quote(str(current.folder))}")
             raise typer.Exit(130) from None
     if as_json:
         _print_json(summary)

@@ -98,6 +98,10 @@ BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     ),
     "too short a network": (short_network, "has 96 symbols and 8 positions; the task needs"),
     "too large a cohort": (put("cohort", 7), "cohort = 7 is more than the 6 devices there are"),
+    "devices beyond memory": (
+        put("task", {"name": "noise", "devices": 10**11, "window": 16}),
+        "task.devices must be at most 10000000, got 100000000000: each has its place in memory",
+    ),
     "no text": (put("path", "nowhere.json", "task"), "nowhere.json does not exist"),
     "too many devices": (put("devices", 8, "task"), "task.devices must be at most 7"),
     "text too short": (short_text, "is long enough: the longest has 8 characters"),

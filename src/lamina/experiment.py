@@ -22,6 +22,8 @@ from lamina.planner import Candidate, Fleet, Group, Prefer, assess, choose_netwo
 from lamina.spec import Spec
 from lamina.traces import Traces
 
+MOST_DEVICES = 10_000_000
+
 
 @dataclass(frozen=True)
 class Outlook:
@@ -153,8 +155,14 @@ def load_task(experiment: Experiment) -> Task:
 
 
 def devices(experiment: Experiment) -> Roster:
-    """Class and rates of every device."""
+    """Class and rates of every device.
+
+    Raises:
+        UserError: There are more than fit in memory, or their classes cannot be as they are named.
+    """
     fleet, count, seed = experiment.fleet, experiment.task.device_count(), experiment.seed
+    if count > MOST_DEVICES:
+        raise UserError(f"task.devices must be at most {MOST_DEVICES}, got {count}: each has its place in memory")
     return fleet.roster(count, seed) if isinstance(fleet, Traces) else roster(fleet, count, seed)
 
 

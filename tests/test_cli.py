@@ -111,8 +111,16 @@ BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     "nan": (put("lr", float("nan"), "local"), "lr = nan is not accepted: Input should be a finite number"),
     "nothing fits": (put("fleet", [{"name": "weak", "memory": 1000}]), "class 'weak' fits no plan of tiny-2"),
     "no network": (put("networks", ["tiny-9"]), "no network 'tiny-9': it is neither a folder"),
+    "misspelt network": (
+        put("networks", ["novel-3"]),
+        "nor one of the package's; did you mean 'novels-3'? accepted: nov",
+    ),
     "too short a network": (short_network, "has 96 symbols and 8 positions; the task needs"),
     "too large a cohort": (put("cohort", 7), "cohort = 7 is more than the 6 devices there are"),
+    "devices beyond memory": (
+        put("task", {"name": "noise", "devices": 10**11, "window": 16}),
+        "task.devices must be at most 10000000, got 100000000000: each has its place in memory",
+    ),
     "no text": (put("path", "nowhere.json", "task"), "nowhere.json does not exist"),
     "too many devices": (put("devices", 8, "task"), "task.devices must be at most 7"),
     "text too short": (short_text, "is long enough: the longest has 8 characters"),
@@ -120,9 +128,14 @@ BAD: dict[str, tuple[Callable[[Table, Path], None], str]] = {
     "broken config": (broken_config, "config.json is not JSON"),
     "no such lever": (
         put("levers", ["recompute", "recompte"]),
-        "levers: unknown 'recompte'; did you mean 'recompute'? accepted: none, exact, all, " + ", ".join(NAMES),
+        "levers: unknown 'recompte'; did you mean 'recompute'? accepted: " + ", ".join(NAMES),
     ),
     "no such set of levers": (put("levers", "exakt"), "levers: unknown 'exakt'; did you mean 'exact'? accepted: "),
+    "a set in a list": (
+        put("levers", ["recompute", "exact"]),
+        'levers: "exact" stands alone, as levers = "exact"; a list takes chunked_loss, ',
+    ),
+    "no name in a list": (put("levers", [""]), "levers: unknown ''; accepted: chunked_loss, "),
     "neither set nor lever": (put("levers", "some"), "levers: unknown 'some'; accepted: "),
     "levers as a number": (put("levers", 3), "levers = 3 is not accepted"),
     "levers in a list": (put("levers", [["recompute"]]), "levers = [['recompute']] is not accepted"),
@@ -536,10 +549,10 @@ def stop_in_round(patch: pytest.MonkeyPatch, round_: int, error: BaseException) 
 def test_a_stop_says_how_to_go_on(file: Path, lamina: Call, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_in_round(patch, 2, KeyboardInterrupt())
-        code, out, _ = lamina("run", file, "--out", tmp_path / "runs")
-    (folder,) = (tmp_path / "runs").iterdir()
+        code, out, _ = lamina("run", file, "--out", tmp_path / "my runs")
+    (folder,) = (tmp_path / "my runs").iterdir()
     assert code == 130
-    assert f"lamina run --resume {folder}" in "".join(out.split("\n")).replace("  ", " ")
+    assert f"lamina run --resume '{folder}'" in "".join(out.split("\n")).replace("  ", " ")
     assert [line["round"] for line in lines(folder / "rounds.jsonl")] == [1]
     code, out, err = lamina("run", "--resume", folder)
     assert (code, err) == (0, "")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import Table, memory, outcome, write_world
 
-from lamina import compare, config, tables, toml
+from lamina import compare, config, files, tables, toml
 from lamina.cli import main
 from lamina.compare import cells, collect, run_cell
 from lamina.config import Comparison
@@ -17,6 +17,16 @@ from lamina.errors import UserError
 from lamina.run import Run
 
 Call = Callable[..., tuple[int | str | None, str, str]]
+DAMAGES: dict[str, tuple[str, Callable[[str], str] | None, bool]] = {
+    "half a result": ("summary.json", lambda text: text[: len(text) // 2], False),
+    "no result": ("summary.json", lambda text: "{}", False),
+    "null": ("summary.json", lambda text: "null", False),
+    "a part missing": ("summary.json", lambda text: text.replace('"accuracy"', '"accurate"'), False),
+    "half a line": ("rounds.jsonl", lambda text: text[:-9], False),
+    "a line missing": ("rounds.jsonl", lambda text: text.splitlines()[0], True),
+    "no lines": ("rounds.jsonl", None, True),
+}
+"""What is the matter -> file of a cell, what becomes of its text (None: it is gone), whether there is a target."""
 
 
 @pytest.fixture
@@ -43,6 +53,11 @@ def written(table: Table, folder: Path) -> Path:
 
 def load(table: Table, folder: Path, *overrides: str) -> Comparison:
     return config.load_comparison(written(table, folder), overrides)
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    """All files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def finish(run: Run) -> None:
@@ -96,7 +111,23 @@ def test_a_file_gives_an_experiment_per_method(table: Table, tmp_path: Path) -> 
         ),
         "share": ({"target": 50}, "target must be an accuracy between 0 and 1, such as 0.5, got 50"),
         "unseen": ({"target": 0.5}, "target needs rounds that are evaluated on the way: set eval_every, such as 1"),
-        "key": ({"methods": [{"name": "caff", "rnk": 2}]}, r"\[\[methods\]\] 1: \[method\] caff: unknown key 'rnk'"),
+        "key": ({"methods": [{"name": "caff", "rnk": 2}]}, r"\[\[methods\]\] 1: caff: unknown key 'rnk'; accepted: "),
+        "lable": (
+            {"methods": [{"name": "caff", "lable": "mine"}]},
+            r"1: caff: unknown key 'lable'; did you mean 'label'\? .*train_embeddings, label, networks, local$",
+        ),
+        "no name": ({"methods": [{"label": "mine"}]}, r"\[\[methods\]\] 1: name is missing, the method's; accepted: f"),
+        "odd name": ({"methods": [{"name": ["caff"]}]}, r"1: \[method\]: unknown name \['caff'\]; "),
+        "no label": (
+            {"methods": [{"name": "caff", "label": " "}]},
+            "1: label must be a text that is not empty, got ' '",
+        ),
+        "number": ({"methods": [{"name": "caff", "label": 3}]}, "1: label must be a text that is not empty, got 3"),
+        "none of them": (
+            {"methods": [{"name": "caff", "local": {"lr": []}}]},
+            r"1: local\.lr is an empty list; give a value, or a list of those to compare",
+        ),
+        "local of all": ({"local": 3}, r"\[\[methods\]\] 1: local must be a table, got 3"),
         "local": ({"methods": [{"name": "caff", "local": 3}]}, r"\[\[methods\]\] 1: local must be a table, got 3"),
     }.values(),
 )
@@ -167,6 +198,107 @@ def test_a_cell_that_was_stopped_goes_on_as_if_it_was_not(table: Table, tmp_path
     assert outcome(cell.folder) == outcome(whole.folder)
 
 
+def test_a_cell_that_another_process_holds_is_left_alone(table: Table, tmp_path: Path, lamina: Call) -> None:
+    """Between the lines of a round and its state, a second process would cut the lines off."""
+    out = tmp_path / "out"
+    cell = next(cells(load(table, tmp_path), out))
+
+    def crash(run: Run) -> None:
+        run.play()
+        (cell.folder / "summary.json").unlink()
+        with open(cell.folder / "rounds.jsonl", "a", encoding="utf-8") as file:
+            file.write("a round under way\n")
+
+    run_cell(cell, {}, crash)
+    (cell.folder / ".state.safetensors.abc").touch()
+    before = content(out)
+    with files.lock(cell.folder):
+        code, _, err = lamina("compare", tmp_path / "compare.toml", "--out", out)
+    assert (code, err) == (2, f"error: another process is working in {cell.folder}\n")
+    assert content(out) == before
+
+
+def test_a_cell_that_another_process_begins_or_ends_is_not_played_twice(table: Table, tmp_path: Path) -> None:
+    cell = next(cells(load(table, tmp_path), tmp_path / "out"))
+
+    def second(run: Run) -> None:
+        with pytest.raises(UserError, match="another process is working in"):
+            run_cell(cell, {}, lambda run: pytest.fail("played twice"))
+        run.play()
+
+    run_cell(cell, {}, second)
+    run_cell(cell, {}, lambda run: pytest.fail("played twice"))
+    assert list(cell.folder.parent.iterdir()) == [cell.folder]
+
+
+def test_an_empty_folder_is_that_of_its_cell(table: Table, tmp_path: Path) -> None:
+    """As a kill leaves it between the folder and its first file."""
+    cell = next(cells(load(table, tmp_path), tmp_path / "out"))
+    cell.folder.mkdir(parents=True)
+    run_cell(cell, {}, finish)
+    assert cell.result() and list(cell.folder.parent.iterdir()) == [cell.folder]
+
+
+def test_a_method_that_does_not_fit_leaves_no_folder(table: Table, tmp_path: Path) -> None:
+    misfits: dict[str, str] = {}
+    run_cell(list(cells(load(table, tmp_path), tmp_path / "out"))[2], misfits, finish)
+    assert list(misfits) == ["lora"] and not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made: "):
+        run_cell(next(cells(load(table, tmp_path), tmp_path / "file")), misfits, finish)
+
+
+@pytest.mark.parametrize(("name", "damage", "target"), DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_cell_is_named_and_nothing_is_written(
+    name: str, damage: Callable[[str], str] | None, target: bool, table: Table, tmp_path: Path, lamina: Call
+) -> None:
+    table |= {"methods": table["methods"][:1], "seeds": [3], "rounds": 2, "eval_every": 1}
+    if target:
+        table["target"] = 0.5
+    file, out = written(table, tmp_path), tmp_path / "out"
+    assert lamina("compare", file, "--out", out)[0] == 0
+    cell = next(cells(load(table, tmp_path), out))
+    path = cell.folder / name
+    if damage:
+        path.write_text(damage(path.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        path.unlink()
+    before = content(out)
+    code, text, err = lamina("compare", file, "--out", out)
+    assert (code, text, content(out)) == (2, "", before)
+    assert err.startswith(f"error: {path} is damaged: ") and err.endswith(f"; delete {cell.folder} to run it again\n")
+    assert err.count("\n") == 1
+
+
+def test_rounds_may_be_gone_where_nothing_needs_them(table: Table, tmp_path: Path, lamina: Call) -> None:
+    table |= {"methods": table["methods"][:1], "seeds": [3]}
+    file, out = written(table, tmp_path), tmp_path / "out"
+    lamina("compare", file, "--out", out)
+    (next(cells(load(table, tmp_path), out)).folder / "rounds.jsonl").unlink()
+    assert lamina("compare", file, "--out", out)[0] == 0
+
+
+def test_a_method_that_cannot_do_the_task_is_found_before_any_is_trained(
+    table: Table, tmp_path: Path, lamina: Call
+) -> None:
+    table["methods"] = [{"name": "caff"}, {"name": "fed2", "label": "grouped"}]
+    out = tmp_path / "out"
+    code, _, err = lamina("compare", written(table, tmp_path), "--out", out)
+    said = "error: grouped: method 'fed2' is for classification only; the task is language\n"
+    assert (code, err, out.exists()) == (2, said, False)
+    table["methods"] = [{"name": "caff"}, {"name": "caff", "label": "other", "networks": ["nowhere"]}]
+    code, _, err = lamina("compare", written(table, tmp_path), "--out", out)
+    assert code == 2 and err.startswith("error: other: no network 'nowhere'") and not out.exists()
+
+
+def test_where_no_method_fits_there_is_no_result(table: Table, tmp_path: Path, lamina: Call) -> None:
+    table["methods"] = [table["methods"][2], {"name": "fedavg", "on_infeasible": "reject"}]
+    out = tmp_path / "out"
+    code, _, err = lamina("compare", written(table, tmp_path), "--out", out)
+    assert code == 2 and err.startswith("error: no method fits the budgets: lora: ") and "; fedavg: " in err
+    assert not out.exists()
+
+
 def test_cells_are_known_by_their_settings(table: Table, tmp_path: Path) -> None:
     """Another method or seed in the file leaves the others' cells where they are; another setting does not."""
     before = {cell.folder for cell in cells(load(table, tmp_path), tmp_path)}
@@ -177,6 +309,17 @@ def test_cells_are_known_by_their_settings(table: Table, tmp_path: Path) -> None
     assert before.isdisjoint(cell.folder for cell in cells(load(table | {"rounds": 5}, tmp_path), tmp_path))
     seeds = [cell.experiment.seed for cell in cells(load(table, tmp_path), tmp_path)]
     assert seeds == [3, 3, 3, 1, 1, 1]
+
+
+def test_folders_of_long_labels_are_cut_between_letters(table: Table, tmp_path: Path) -> None:
+    table["methods"] = [
+        {"name": "caff", "label": 80 * "長"},
+        {"name": "caff", "label": 300 * "長", "train_head": False},
+    ]
+    first, second, *_ = (cell.folder for cell in cells(load(table, tmp_path), tmp_path))
+    assert first.name[:66] == second.name[:66] == 66 * "長" and first.name[66] == second.name[66] == "-"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
 
 
 def test_one_seed_has_no_spread(table: Table, tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def test_every_method_survives_toml(method: Any) -> None:
     assert experiment(tomllib.loads(toml.dump(made.to_table())), "there") == made
 
 
-names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0\x7f"), min_size=1, max_size=8)
+names = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0\x7f"), min_size=1, max_size=8
+).filter(lambda name: name not in (".", ".."))
 counts = st.integers(1, 10**12)
 floats = st.floats(1e-30, 1e30, allow_nan=False)
 sizes = st.one_of(st.none(), counts, st.builds("{} {}".format, counts, st.sampled_from(["B", "kB", "MiB"])))
@@ -124,7 +126,7 @@ experiments = st.builds(
     workers=st.integers(0, 9),
     task=st.builds(Shakespeare, path=st.none() | names, devices=st.none() | counts, alpha=floats),
     method=st.sampled_from(list(VARIANTS.values())),
-    local=st.builds(Local, lr=floats, weight_decay=floats, batch_size=counts, steps=st.integers(0, 99)),
+    local=st.builds(Local, lr=floats, weight_decay=floats, batch_size=st.integers(1, 10**6), steps=st.integers(0, 99)),
     fleet=st.lists(
         st.builds(DeviceClass, names, floats, sizes, sizes, sizes, operations),
         min_size=1,
@@ -194,7 +196,17 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
             "fleet.strong.flops='1.2.3 G'",
             ": [[fleet]] 2: flops must be a quantity above 0, such as 64000000 or \"20 GFLOP\"; got '1.2.3 G'",
         ),
-        ("fleet.strong.share=0", ": [[fleet]] 2: share must be above 0 and finite, got 0.0"),
+        ("fleet.strong.share=0", ": [[fleet]] 2: share must be above 0 and at most 1e+30, got 0.0"),
+        ("fleet.strong.share=1e308", ": [[fleet]] 2: share must be above 0 and at most 1e+30, got 1e+308"),
+        (
+            "local.batch_size=100000000000000",
+            ": [local]: batch_size times steps must be at most 100000000, got 100000000000000",
+        ),
+        (
+            f"local.steps={10**20}",
+            f": [local]: batch_size times steps must be at most 100000000, got {32 * 10**20}",
+        ),
+        (f"local.epochs={10**20}", f": [local]: epochs must be at most 1000000, got {10**20}"),
         ("local.lr=nan", ": [local]: lr = nan is not accepted: Input should be a finite number"),
         ("local.lr=inf", ": [local]: lr = inf is not accepted: Input should be a finite number"),
         ("local.lr=-1", ": [local]: lr must be above 0, got -1.0"),
@@ -214,6 +226,9 @@ QUANTITY = 'must be a quantity above 0, such as 64000000 or "61 MiB"'
         ("networks=[]", ": networks must name at least one network"),
         ("name='a/b'", ": name must be a plain file name, got 'a/b'"),
         ("name=''", ": name must be a plain file name, got ''"),
+        ("name='.'", ": name must be a plain file name, got '.'"),
+        ("name='..'", ": name must be a plain file name, got '..'"),
+        (f"name='{67 * '長'}'", ": name must have at most 200 bytes, as folders get it; got 201"),
         ("method.train_head=1", ": [method] caff: train_head = 1 is not accepted: Input should be a valid boolean"),
         ("local=3", ": [local] must be a table, got 3"),
         ("fleet=3", ': fleet must be written as [[fleet]] tables, one per device class, or be "traces"'),

@@ -229,7 +229,8 @@ def test_runs_that_cannot_be_exported(tmp_path: Path) -> None:
         export(run, tmp_path / "out", "float16")
     assert not (tmp_path / "out").exists()
     (run / "summary.json").unlink()
-    with pytest.raises(UserError, match="is not finished; go on with: lamina run --resume"):
+    run = run.rename(tmp_path / "my run")
+    with pytest.raises(UserError, match=f"is not finished; go on with: lamina run --resume '{run}'$"):
         export(run, tmp_path / "out")
 
 

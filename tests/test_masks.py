@@ -255,7 +255,9 @@ def test_before_there_are_masks_the_last_blocks_stand_for_them() -> None:
     assert [plan.label for plan in plans] == ["up to 3 of 3", "up to 2 of 3", "up to 1 of 3"]
 
 
-@pytest.mark.parametrize("settings", [{"starts": 0}, {"personal_epochs": -1}, {"personal_lr": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"starts": 0}, {"personal_epochs": -1}, {"personal_epochs": 10**9}, {"personal_lr": 0.0}], ids=str
+)
 def test_settings_that_mean_nothing_are_refused(settings: Table) -> None:
     (key,) = settings
     with pytest.raises(ValueError, match=f"^{key} must .*got {settings[key]}"):

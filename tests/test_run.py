@@ -309,6 +309,19 @@ def test_other_data_is_refused(world: Table, tmp_path: Path) -> None:
     resume(folder)
 
 
+def test_fewer_rounds_than_are_done_are_refused(world: Table, tmp_path: Path) -> None:
+    folder = stopped(world, tmp_path)
+    path, done = folder / "config.toml", checkpoint.read_manifest(folder / "state.safetensors")["round"]
+    text = path.read_text(encoding="utf-8")
+    before = (folder / "rounds.jsonl").read_bytes()
+    path.write_text(text.replace("rounds = 3", f"rounds = {done}"), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"says rounds = {done}, but {done} are done .*: put back the number"):
+        resume(folder)
+    assert (folder / "rounds.jsonl").read_bytes() == before
+    path.write_text(text, encoding="utf-8")
+    resume(folder)
+
+
 def test_damaged_state_and_short_lines_are_refused(world: Table, tmp_path: Path) -> None:
     folder = stopped(world, tmp_path)
     path = folder / "state.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -81,7 +82,7 @@ def run(
         try:
             summary = view.play(current)
         except KeyboardInterrupt:
-            view.say(f"stopped; go on with: lamina run --resume {current.folder}")
+            view.say(f"stopped; go on with: lamina run --resume {shlex.quote(str(current.folder))}")
             raise typer.Exit(130) from None
     if as_json:
         _print_json(summary)
@@ -156,13 +157,15 @@ def compare(
 ) -> None:
     """Run methods x seeds under the same fleet and show one table; the same command goes on after a stop."""
     from lamina import config, tables
-    from lamina.compare import cells, collect, run_cell, save
+    from lamina.compare import cells, check, collect, run_cell, save
+    from lamina.errors import DoesNotFitError
     from lamina.report import answers
     from lamina.view import View
 
     view = View(quiet=as_json)
     comparison = config.load_comparison(file, overrides)
     found, folder = list(cells(comparison, out)), out / comparison.name
+    check(comparison, found)
     misfits: dict[str, str] = {}
     with view.cells(len(found)) as live:
         try:
@@ -173,11 +176,16 @@ def compare(
                     live.begin(what)
                     run_cell(cell, misfits, live.play)
                 live.done(what, cell.result(), misfits.get(cell.label), known=bool(known))
-                save(folder, collect(comparison, found, misfits))
+                if cell.result() and not known:
+                    save(folder, collect(comparison, found, misfits))
         except KeyboardInterrupt:
             view.say("stopped; the same command goes on")
             raise typer.Exit(130) from None
+    if not any(cell.result() for cell in found):
+        reasons = "; ".join(f"{label}: {reason}" for label, reason in misfits.items())
+        raise DoesNotFitError(f"no method fits the budgets: {reasons}")
     collected = collect(comparison, found, misfits)
+    save(folder, collected)
     if as_json:
         _print_json(collected)
         return

@@ -9,6 +9,7 @@ The same command goes on where it was stopped, within a cell too. A method that 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from typing import Any
 
 from lamina import files, report, tables, toml
 from lamina.config import Comparison, Experiment
-from lamina.errors import DoesNotFitError
+from lamina.errors import DoesNotFitError, UserError
+from lamina.experiment import check_task
 from lamina.report import charts
-from lamina.run import Run, resume, start
+from lamina.run import Run, take_up
 
 SCHEMA = "lamina.compare/1"
 _ASIDE = ("name", "seed", "workers", "track")
@@ -49,19 +51,42 @@ class Cell:
 
     def reached(self, target: float) -> dict[str, float] | None:
         """What it had spent when accuracy was first that high, at the end of a round; None where it never was."""
-        lines = (self.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-        found = charts.progress(self.result() or {}, [json.loads(line) for line in lines])["mean_over_devices"]
+        found = charts.progress(self.result() or {}, self.rounds())["mean_over_devices"]
         return next((spent for spent, accuracy in found if accuracy >= target), None)
 
-    def prepare(self) -> Run:
-        """The run, taken up where it was stopped if it was.
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of rounds.jsonl.
 
         Raises:
-            DoesNotFitError: The budgets allow no plan.
+            ValueError: They are not those of all rounds.
         """
-        if (self.folder / "config.toml").exists():
-            return resume(self.folder)
-        return start(self.experiment, self.folder.parent, self.folder.name)
+        lines = (self.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        if [row["round"] for row in found] != list(range(1, self.experiment.rounds + 1)):
+            raise ValueError(f"not the {self.experiment.rounds} rounds of the run")
+        return found
+
+    def check(self, target: float | None) -> None:
+        """Refuse a finished run that is not whole.
+
+        Args:
+            target: Of the comparison; with one, the rounds must be there too.
+
+        Raises:
+            UserError: Naming the file, and what to do.
+        """
+        path = self.folder / "summary.json"
+        if not path.exists():
+            return
+        try:
+            result: Any = self.result()
+            _row({self.experiment.seed: result})
+            path = self.folder / "rounds.jsonl"
+            if target or path.exists():
+                self.reached(target or math.inf)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            reason = f"{type(error).__name__} {error}"
+            raise UserError(f"{path} is damaged: {reason}; delete {self.folder} to run it again") from error
 
 
 def cells(comparison: Comparison, out: Path) -> Iterator[Cell]:
@@ -71,7 +96,23 @@ def cells(comparison: Comparison, out: Path) -> Iterator[Cell]:
             made = replace(experiment, seed=seed)
             digest = files.digest(toml.dump(replace(made, workers=0, track=()).to_table()).encode())[:8]
             short = re.sub(r"[^\w.]+", "-", label).strip("-")
-            yield Cell(label, made, out / comparison.name / f"{short}-{seed}-{digest}")
+            name = f"{short}-{seed}".encode()[: files.NAME_BYTES].decode(errors="ignore")
+            yield Cell(label, made, out / comparison.name / f"{name}-{digest}")
+
+
+def check(comparison: Comparison, found: Sequence[Cell]) -> None:
+    """Refuse, before anything is trained or written, what would stop a comparison on its way.
+
+    Raises:
+        UserError: A method or a network is not for the task, or a finished cell is damaged.
+    """
+    for label, experiment in comparison.experiments:
+        try:
+            check_task(experiment)
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from error
+    for cell in found:
+        cell.check(comparison.target)
 
 
 def collect(comparison: Comparison, found: Sequence[Cell], misfits: Mapping[str, str]) -> dict[str, Any]:
@@ -110,13 +151,19 @@ def save(folder: Path, collected: Mapping[str, Any]) -> None:
 
 
 def run_cell(cell: Cell, misfits: dict[str, str], play: Callable[[Run], None]) -> None:
-    """Do what is left of a cell; if its method does not fit, the reason goes into `misfits`."""
-    try:
-        current = cell.prepare()
-    except DoesNotFitError as error:
-        misfits[cell.label] = str(error)
-        return
-    with files.lock(current.folder):
+    """Do what is left of a cell; if its method does not fit, the reason goes into `misfits`.
+
+    Raises:
+        UserError: Another process is working on it; then nothing is changed.
+    """
+    with files.claim(cell.folder):
+        if cell.result():  # another process was quicker
+            return
+        try:
+            current = take_up(cell.experiment, cell.folder)
+        except DoesNotFitError as error:
+            misfits[cell.label] = str(error)
+            return
         play(current)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lamina import placement, toml
+from lamina import files, placement, toml
 from lamina.clock import Clock
 from lamina.data import TASKS
 from lamina.data.shakespeare import Shakespeare
@@ -26,6 +26,8 @@ from lamina.traces import Traces
 from lamina.track import Name as Tracker
 
 TRACES = "traces"
+_OF_ENTRY = ("label", "networks", "local")
+"""Keys of [[methods]] besides those of the method."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,10 @@ class Experiment:
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
-        if not self.name or any(letter in self.name for letter in "/\\\0"):
+        if self.name in ("", ".", "..") or any(letter in self.name for letter in "/\\\0"):
             raise ValueError(f"name must be a plain file name, got {self.name!r}")
+        if (size := len(self.name.encode())) > files.NAME_BYTES:
+            raise ValueError(f"name must have at most {files.NAME_BYTES} bytes, as folders get it; got {size}")
         for key in ("rounds", "cohort"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
@@ -204,23 +208,49 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     common = {"on_infeasible": table.pop("on_infeasible", "drop")}
     experiments: dict[str, Experiment] = {}
     for number, each in enumerate(methods, 1):
-        entry = dict(each)
-        name, local = str(entry.pop("label", entry.get("name"))), entry.pop("local", {})
-        own = {"networks": entry.pop("networks")} if "networks" in entry else {}
-        if not isinstance(local, Mapping):
-            raise UserError(f"{where}: [[methods]] {number}: local must be a table, got {local!r}")
-        for label, values in _grid(name, dict(table.get("local", {})) | dict(local)):
+        origin = f"{where}: [[methods]] {number}"
+        name, own = _entry(each, table | {"method": common}, origin)
+        for label, values in _grid(name, own["local"], origin):
             if label in experiments:
-                raise UserError(f"{where}: [[methods]] {number}: there is another {label!r}; give one of them a label")
-            merged = table | own | {"method": common | entry, "local": values}
-            experiments[label] = experiment(merged, f"{where}: [[methods]] {number}")
+                raise UserError(f"{origin}: there is another {label!r}; give one of them a label")
+            experiments[label] = experiment(own | {"local": values}, origin)
     first = next(iter(experiments.values()))
     return Comparison(first.name, tuple(dict.fromkeys(seeds)), tuple(experiments.items()), target)
 
 
-def _grid(label: str, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A [local] table for every combination of the values of keys that are lists, with a label that names them."""
+def _entry(given: Mapping[str, Any], table: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """The label of one of [[methods]], and the tables of an experiment with what it says in its place.
+
+    Raises:
+        UserError: It has no name, a key that is neither the method's nor one of `_OF_ENTRY`, or a bad label.
+    """
+    method = dict(given)
+    own = {key: method.pop(key) for key in _OF_ENTRY if key in method}
+    if "name" not in method:
+        raise UserError(f"{where}: name is missing, the method's; accepted: {', '.join(METHODS)}")
+    if cls := METHODS.get(str(method["name"])):
+        rest = {key: value for key, value in given.items() if key != "name"}
+        toml.check_keys(cls, rest, f"{where}: {method['name']}", _OF_ENTRY)
+    label, local = own.pop("label", method["name"]), own.pop("local", {})
+    if "label" in given and (not isinstance(label, str) or not label.strip()):
+        raise UserError(f"{where}: label must be a text that is not empty, got {label!r}")
+    for values in (local, table.get("local", {})):
+        if not isinstance(values, Mapping):
+            raise UserError(f"{where}: local must be a table, got {values!r}")
+    local = dict(table.get("local", {})) | dict(local)
+    return str(label), dict(table) | own | {"method": table["method"] | method, "local": local}
+
+
+def _grid(label: str, values: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A [local] table for every combination of the values of keys that are lists, with a label that names them.
+
+    Raises:
+        UserError: A list is empty.
+    """
     lists = {key: value for key, value in values.items() if isinstance(value, list)}
+    for key, value in lists.items():
+        if not value:
+            raise UserError(f"{where}: local.{key} is an empty list; give a value, or a list of those to compare")
     for point in itertools.product(*lists.values()):
         chosen = dict(zip(lists, point, strict=True))
         yield (

@@ -20,9 +20,11 @@ from lamina.fleet import Budget, Rates, Roster, roster
 from lamina.job import Turn
 from lamina.layout import Layout
 from lamina.plan import Plan
-from lamina.planner import Candidate, Fleet, Group, Prefer, assess, choose_network, fit
+from lamina.planner import Candidate, Fleet, Group, Prefer, assess, choose_network, demand_task, fit
 from lamina.spec import Spec
 from lamina.traces import Traces
+
+MOST_DEVICES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,14 @@ def load_task(experiment: Experiment) -> Task:
 
 
 def devices(experiment: Experiment) -> Roster:
-    """Class and rates of every device."""
+    """Class and rates of every device.
+
+    Raises:
+        UserError: There are more than fit in memory, or their classes cannot be as they are named.
+    """
     fleet, count, seed = experiment.fleet, experiment.task.device_count(), experiment.seed
+    if count > MOST_DEVICES:
+        raise UserError(f"task.devices must be at most {MOST_DEVICES}, got {count}: each has its place in memory")
     return fleet.roster(count, seed) if isinstance(fleet, Traces) else roster(fleet, count, seed)
 
 
@@ -176,6 +184,16 @@ def _names(folders: Collection[Path]) -> dict[Path, str]:
     return {
         folder: "/".join(folder.parts[-next(n for n in itertools.count(1) if alone(folder, n)) :]) for folder in folders
     }
+
+
+def check_task(experiment: Experiment) -> None:
+    """Refuse, without looking at data or weights, what cannot do the task.
+
+    Raises:
+        UserError: A network is missing or does not fit the task, or the method is not for it.
+    """
+    for spec in _fitted(experiment).values():
+        demand_task(experiment.method, spec)
 
 
 def measure_classes(experiment: Experiment, outlook: Outlook) -> list[dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def _summary(run: Path) -> dict[str, Any]:
         raise UserError(f"{run} is not a run: it has no config.toml")
     path = run / "summary.json"
     if not path.is_file():
-        raise UserError(f"the run in {run} is not finished; go on with: lamina run --resume {run}")
+        raise UserError(f"the run in {run} is not finished; go on with: lamina run --resume {shlex.quote(str(run))}")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:

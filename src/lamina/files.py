@@ -17,7 +17,9 @@ from typing import Any
 
 from lamina.errors import UserError
 
-_MARK = ".at-work"
+NAME_BYTES = 200
+"""Longest part of a file name that users choose: file systems take 255 bytes, and there is something around it."""
+_LOCK, _MARK = ".lock", ".at-work"
 
 
 def write(path: Path, content: bytes | str, mode: int = 0o644) -> None:
@@ -103,12 +105,35 @@ def lock(folder: Path) -> Iterator[None]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    with open(folder / ".lock", "w") as file:
+    with open(folder / _LOCK, "w") as file:
         try:
             _lock(file.fileno())
         except OSError as error:
             raise UserError(f"another process is working in {folder}") from error
         yield
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """`lock` a folder, made if it is missing; what was made goes again if nothing is written there.
+
+    Raises:
+        UserError: As `lock`, or the folder cannot be made.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
+    with lock(folder):
+        try:
+            yield
+        finally:
+            if made and [each.name for each in folder.iterdir()] == [_LOCK]:
+                with contextlib.suppress(OSError):  # another process has come, or the system keeps a file that is open
+                    (folder / _LOCK).unlink()
+                    for each in made:
+                        each.rmdir()
 
 
 @contextmanager

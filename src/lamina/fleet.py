@@ -22,6 +22,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
 }
 _NUMBER = r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kKMGT]i?)?"
 _QUANTITY = re.compile(_NUMBER + r"(B|FLOPs?)?\s*")
+_MOST_SHARE = 1e30  # so that no sum overflows
 _RATE = re.compile(_NUMBER + r"(B|bit|FLOP)/s\s*")
 
 
@@ -121,7 +122,7 @@ class DeviceClass:
 
     Attributes:
         name: Of the class.
-        share: Relative number of its devices.
+        share: Relative number of its devices, at most 1e30.
         memory: Bytes of training memory.
         uplink: Bytes per round to the server.
         downlink: Bytes per round from the server.
@@ -152,8 +153,8 @@ class DeviceClass:
         Raises:
             ValueError: Naming the key, what was given and what is accepted.
         """
-        if not 0 < self.share < math.inf:
-            raise ValueError(f"share must be above 0 and finite, got {self.share}")
+        if not 0 < self.share <= _MOST_SHARE:
+            raise ValueError(f"share must be above 0 and at most {_MOST_SHARE:g}, got {self.share}")
         if not 0 <= self.drift < 1:
             raise ValueError(f"drift must be from 0 to below 1, got {self.drift}")
         if self.drift and self.memory is None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from lamina.methods.base import Method
 
 
+MOST_EXAMPLES, MOST_EPOCHS = 100_000_000, 1_000_000
+"""Of a device in a round; the rows of all its steps are drawn beforehand."""
+
+
 def _plain() -> Method:
     from lamina.methods.base import Method
 
@@ -38,9 +42,9 @@ class Local:
         schedule: "constant", or "cosine": down to lr / 10 over the rounds of the run (Pfeiffer et al. 2023, SLT).
         momentum: Of SGD.
         weight_decay: Applied to what is trained, never to what is frozen.
-        batch_size: Sequences per step.
+        batch_size: Sequences per step; at most 100 million in all steps of a round.
         steps: Steps per round, running through the shard epoch after epoch with full batches; 0: as `epochs` says.
-        epochs: Passes over the shard where `steps` is 0, the last batch of each as small as it comes.
+        epochs: Passes over the shard where `steps` is 0, the last batch of each as small as it comes; at most 1e6.
         clip: Largest norm of the whole gradient; none if 0.
     """
 
@@ -73,6 +77,10 @@ class Local:
         for key in ("batch_size", "epochs"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if (examples := self.batch_size * max(1, self.steps)) > MOST_EXAMPLES:
+            raise ValueError(f"batch_size times steps must be at most {MOST_EXAMPLES}, got {examples}")
+        if self.epochs > MOST_EPOCHS:
+            raise ValueError(f"epochs must be at most {MOST_EPOCHS}, got {self.epochs}")
 
     @property
     def kind(self) -> Kind:

@@ -101,6 +101,10 @@ def rungs(allowed: Allowed) -> Iterator[Rung]:
     """
     named: dict[str, Sequence[str]] = {"none": (), "exact": EXACT, "all": NAMES}
     chosen = named.get(allowed, (allowed,)) if isinstance(allowed, str) else allowed
-    if unknown := [name for name in chosen if name not in NAMES]:
-        raise ValueError(f"levers: unknown {unknown[0]!r}; {nearest(unknown[0], [*named, *NAMES])}")
+    accepted = (*named, *NAMES) if isinstance(allowed, str) else NAMES
+    for name in chosen:
+        if name in named:
+            raise ValueError(f'levers: "{name}" stands alone, as levers = "{name}"; a list takes {", ".join(NAMES)}')
+        if name not in NAMES:
+            raise ValueError(f"levers: unknown {name!r}; {nearest(name, accepted)}")
     return (rung for rung in LADDER if rung.name in chosen)

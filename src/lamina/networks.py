@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from lamina import checkpoint
-from lamina.errors import UserError
+from lamina.errors import UserError, nearest
 
 
 def embedded() -> dict[str, Path]:
@@ -28,8 +28,8 @@ def find(name: str) -> Path:
     if (Path(name) / checkpoint.CONFIG).is_file():
         return Path(name)
     raise UserError(
-        f"no network {name!r}: it is neither a folder with a {checkpoint.CONFIG} nor one of the package's: "
-        + (", ".join(known) or "it has none")
+        f"no network {name!r}: it is neither a folder with a {checkpoint.CONFIG} nor one of the package's; "
+        + (nearest(name, known) if known else "it has none")
     )
 
 

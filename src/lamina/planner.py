@@ -304,6 +304,18 @@ def _let_go(levers: Levers, own: Levers, allowed: Allowed, local: Local, fits: C
     return levers
 
 
+def demand_task(method: Method, spec: Spec) -> None:
+    """Refuse a method that is not for the kind of task that a network, as the task uses it, is for.
+
+    Raises:
+        UserError: Saying for which it is.
+    """
+    kind = "classification" if spec.labels else "language"
+    if kind not in method.tasks:
+        accepted = " and ".join(method.tasks)
+        raise UserError(f"method {to_table(method)['name']!r} is for {accepted} only; the task is {kind}")
+
+
 def assess(
     method: Method,
     name: str,
@@ -320,10 +332,7 @@ def assess(
     Raises:
         UserError: The method is not for this kind of task.
     """
-    kind = "classification" if spec.labels else "language"
-    if kind not in method.tasks:
-        accepted = " and ".join(method.tasks)
-        raise UserError(f"method {to_table(method)['name']!r} is for {accepted} only; the task is {kind}")
+    demand_task(method, spec)
     adapted = method.adapt(spec)
     work = (local, tokens, steps, levers, rounds)
     choices = tuple(choose_peak(method, adapted, group.budget, *work) for group in groups)

@@ -296,20 +296,38 @@ def start(experiment: Experiment, root: Path, name: str = "") -> Run:
         UserError: Nothing fits, or data, a network or a tracker cannot be used; then no folder is left behind.
     """
     run = _prepare(experiment)
-    run.folder = _new_folder(experiment, root, name)
+    folder = _new_folder(experiment, root, name)
     try:
-        files.write(run.folder / "config.toml", toml.dump(_anchored(experiment).to_table()))
-        files.write_json(run.folder / "env.json", environment() | {"card": card(run.device)})
-        run.settings = _settings(run.folder)
-        run.told = track.Trackers(experiment.track, run.folder, experiment.to_table())
+        return _begin(run, folder)
     except Exception:
-        shutil.rmtree(run.folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    return run
+
+
+def take_up(experiment: Experiment, folder: Path) -> Run:
+    """The run of an experiment in a folder that the caller has locked: begun if nothing is there yet, else resumed.
+
+    Raises:
+        UserError: As `start`, which leaves the folder empty, or as `resume`.
+    """
+    if _seen(folder):
+        return resume(folder)
+    run = _prepare(experiment)
+    try:
+        return _begin(run, folder)
+    except Exception:
+        for each in _seen(folder):
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+        raise
+
+
+def _seen(folder: Path) -> list[Path]:
+    """What is in a folder, but for locks and marks."""
+    return [each for each in folder.iterdir() if not each.name.startswith(".")]
 
 
 def resume(folder: Path) -> Run:
-    """Take up the run in `folder` after its last complete round.
+    """Take up the run in `folder`, which the caller has locked, after its last complete round.
 
     Raises:
         UserError: There is no run, it is finished, its state is damaged or of another version, or a tracker cannot
@@ -377,6 +395,16 @@ def _prepare(experiment: Experiment) -> Run:
     return Run(Path(), experiment, outlook, task, first_state(experiment, outlook, task))
 
 
+def _begin(run: Run, folder: Path) -> Run:
+    """Write what there is of a run before its first round, and tell the trackers of it."""
+    run.folder = folder
+    files.write(folder / "config.toml", toml.dump(_anchored(run.experiment).to_table()))
+    files.write_json(folder / "env.json", environment() | {"card": card(run.device)})
+    run.settings = _settings(folder)
+    run.told = track.Trackers(run.experiment.track, folder, run.experiment.to_table())
+    return run
+
+
 def _new_folder(experiment: Experiment, root: Path, name: str) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -416,6 +444,11 @@ def _restore(run: Run, manifest: dict[str, Any]) -> None:
     run.state = state
     scores = {when: Score(*tensors[f"score:{when}"].numpy()) for when in manifest["scores"]}
     run.before, run.after = scores["before"], scores.get("after")
+    if state.round >= (rounds := run.experiment.rounds) and not (state.round == rounds and run.after):
+        raise UserError(
+            f"{run.folder / 'config.toml'} says rounds = {rounds}, but {state.round} are done and the run is not at "
+            "its end: put back the number that it was begun with"
+        )
     run.seconds = manifest["seconds"]
 
 

@@ -110,13 +110,13 @@ def build(cls: type[T], values: Any, where: str, parts: Mapping[str, Any] | None
         raise UserError(f"{where}: {error}") from error
 
 
-def check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Refuse keys that are no fields.
+def check_keys(cls: type, values: Mapping[str, Any], where: str, others: Sequence[str] = ()) -> None:
+    """Refuse keys that are neither fields nor among the others.
 
     Raises:
         UserError: Naming the first, and the nearest that is one.
     """
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = [*(f.name for f in dataclasses.fields(cls)), *others]
     for key in values:
         if key not in names:
             raise UserError(f"{where}: unknown key {key!r}; {nearest(key, names)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -122,7 +123,8 @@ def run(
     try:
         current, summary = submit.play(found, settings, place, view)
     except KeyboardInterrupt:
-        view.say(f"stopped; go on with: lamina deploy run {folder} --resume {place}")
+        command = shlex.join(["lamina", "deploy", "run", str(folder), "--resume", str(place)])
+        view.say(f"stopped; go on with: {command}")
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(summary, indent=2, allow_nan=False))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lamina import model
-from lamina.job import Local, Turn
+from lamina.job import MOST_EPOCHS, Local, Turn
 from lamina.layout import Params
 from lamina.methods.base import Method
 from lamina.plan import Plan
@@ -73,8 +73,8 @@ class PerFedMask(Method):
         super().__post_init__()
         if self.starts < 1:
             raise ValueError(f"starts must be at least 1, got {self.starts}")
-        if self.personal_epochs < 0:
-            raise ValueError(f"personal_epochs must not be negative, got {self.personal_epochs}")
+        if not 0 <= self.personal_epochs <= MOST_EPOCHS:
+            raise ValueError(f"personal_epochs must be from 0 to {MOST_EPOCHS}, got {self.personal_epochs}")
         if not self.personal_lr > 0:
             raise ValueError(f"personal_lr must be above 0, got {self.personal_lr}")
 

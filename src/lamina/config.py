@@ -42,7 +42,8 @@ class Experiment:
         eval_every: Rounds between evaluations; 0 evaluates only before the first and after the last.
         eval_devices: Devices that are evaluated: so many with test examples, drawn once for the run; 0 takes all.
         validation: Share of each device's training examples, the last ones, that replace its test examples, so that
-            settings can be chosen without looking at what is reported; 0 leaves both as they are.
+            settings can be chosen without looking at what is reported; 0 leaves both as they are. The number is
+            rounded up, but everyone keeps a training example: a device with a single one is not tested.
         clip_updates: Largest Euclidean norm of the change that an update may make, over all its tensors; a larger
             change is scaled to it, so that no device moves the mean by more than its share of that. 0: no bound.
         workers: Simulated devices computed at a time; 0 takes one per core. Changes no result. On a card, one.

@@ -23,6 +23,7 @@ TASKS = {"shakespeare": "Shakespeare", "cifar10": "CIFAR-10", "cifar100": "CIFAR
 SETTINGS = (
     *(
         "half",
+        "half-tuned",
         "head",
         "one",
         "six",

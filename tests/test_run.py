@@ -315,7 +315,7 @@ def test_fewer_rounds_than_are_done_are_refused(world: Table, tmp_path: Path) ->
     text = path.read_text(encoding="utf-8")
     before = (folder / "rounds.jsonl").read_bytes()
     path.write_text(text.replace("rounds = 3", f"rounds = {done}"), encoding="utf-8")
-    with pytest.raises(UserError, match=rf"says rounds = {done}, but {done} are done .*: put back the number"):
+    with pytest.raises(UserError, match=rf"was edited .*: rounds was 3, is {done}; put it back"):
         resume(folder)
     assert (folder / "rounds.jsonl").read_bytes() == before
     path.write_text(text, encoding="utf-8")

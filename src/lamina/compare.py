@@ -169,7 +169,10 @@ def run_cell(cell: Cell, misfits: dict[str, str], play: Callable[[Run], None]) -
 
 def _settings(comparison: Comparison) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """What all methods set alike, and of each label the rest, by keys as `--set` has them."""
-    found = {label: dict(_leaves(experiment.to_table())) for label, experiment in comparison.experiments}
+    found = {
+        label: {key: value for key, value in toml.flat(experiment.to_table()) if value is not None}
+        for label, experiment in comparison.experiments
+    }
     first = next(iter(found.values()))
     alike = {key for key in first if all(key in each and each[key] == first[key] for each in found.values())}
     shared = {key: value for key, value in first.items() if key in alike and key not in _ASIDE}
@@ -177,15 +180,6 @@ def _settings(comparison: Comparison) -> tuple[dict[str, Any], dict[str, dict[st
         label: {key: value for key, value in each.items() if key not in alike and key not in _ASIDE}
         for label, each in found.items()
     }
-
-
-def _leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of all that is set in nested tables."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{key}.")
-        elif value is not None:
-            yield f"{above}{key}", value
 
 
 def _row(done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lamina.report import write
+from lamina.report import PAGE, read
 
 THEMES = {"light": [], "dark": ["--blink-settings=preferredColorScheme=0"]}
 CHECK = """
@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("--tall", type=int, default=3600, help="height of the pictures in pixels")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    path = write(given.folder, given.out / "report.html").resolve()
-    page = path.read_text(encoding="utf-8")
+    path, page = (given.out / PAGE).resolve(), read(given.folder).html
+    path.write_text(page, encoding="utf-8")
     wrong = [f"the page has {what}" for what in ("<script", "http://", "https://", "@import", "url(") if what in page]
     for width in (1200, 420):
         wrong += verdict(page, width)

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
 from support import begin, write_world
 
-from lamina import cli, config, files, toml
+from lamina import cli, config, files, saved, toml
 from lamina.deploy import join, keep, keys, kit, processes, serve, submit, way
 from lamina.deploy.front import MOST_BYTES, Front, _Passing, serving
 from lamina.deploy.kit import Device, Kit
@@ -680,7 +680,7 @@ def test_sigterm_leaves_in_order() -> None:
 def test_rounds_are_told_as_they_are_committed(tmp_path: Path) -> None:
     """By another process: the same rows that the one that plays is told."""
     run = begin(write_world(tmp_path), tmp_path / "runs")
-    committed = submit.Committed(run, submit.lengths(run.folder))
+    committed = submit.Committed(run, saved.lengths(run.folder))
     played: list[tuple[RoundRow, list[DeviceRow]]] = []
     told: list[tuple[RoundRow, list[DeviceRow]]] = []
 

@@ -25,7 +25,7 @@ from lamina.experiment import parts
 from lamina.job import Turn
 from lamina.methods.lora import FedLora
 from lamina.methods.width import HeteroFL
-from lamina.report import answers, charts, contrast, figures, marks, read, write
+from lamina.report import answers, charts, contrast, figures, marks, read
 from lamina.report.marks import Chart
 from lamina.spec import Spec
 
@@ -221,7 +221,8 @@ def named(found: list[Chart], name: str) -> Chart:
 
 
 def test_the_page_of_a_run(folder: Path) -> None:
-    page = alone(write(folder).read_text(encoding="utf-8"))
+    html = read(folder).html
+    page = alone(html)
     assert sum(tag == "svg" for tag, _ in page.seen) == len(read(folder).charts()) == 7
     assert NASTY in page.text and "late" in page.text
     assert (
@@ -232,7 +233,7 @@ def test_the_page_of_a_run(folder: Path) -> None:
     assert "small4 devicesthe cheapest plan needs 30.0 MiB of memory (there are 10.0 MiB)" in page.text
     assert "big1 updatenot counted: late" in page.text
     for name in ("prefers-color-scheme: dark", "@media print"):
-        assert name in (folder / "report.html").read_text()
+        assert name in html
 
 
 def test_updates_that_did_not_count_are_told_without_their_reasons(folder: Path, summary: Table) -> None:
@@ -241,13 +242,13 @@ def test_updates_that_did_not_count_are_told_without_their_reasons(folder: Path,
     summary["classes"] = summary["classes"][:2]
     summary["totals"] |= {"updates": 75, "rejected_updates": 45, "abandoned_rounds": 2}
     (folder / "summary.json").write_text(json.dumps(summary))
-    page = alone(read(folder).html())
+    page = alone(read(folder).html)
     assert "; no device sat out; 75 of 120 updates counted, 2 of 3 rounds abandoned." in page.text
     assert "of any class45 updatesnot counted: the reasons are not recorded here" in page.text
     assert "Nobody" not in page.text
     summary["totals"] |= {"rejected_updates": 0, "abandoned_rounds": 0}
     (folder / "summary.json").write_text(json.dumps(summary))
-    page = alone(read(folder).html())
+    page = alone(read(folder).html)
     assert "; no device was left out." in page.text and "Nobody: every class has a plan" in page.text
 
 
@@ -345,7 +346,7 @@ def test_the_page_of_a_comparison(collected: Table, summary: Table, tmp_path: Pa
         (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     collected["methods"][0]["runs"] = ["good-0", "good-1", "gone"]
     (tmp_path / "compare.json").write_text(json.dumps(collected))
-    page, found = alone(write(tmp_path).read_text(encoding="utf-8")), read(tmp_path).charts()
+    page, found = alone(read(tmp_path).html), read(tmp_path).charts()
     assert sum(tag == "svg" for tag, _ in page.seen) == len(found) == 9
     assert NASTY in page.text and f"class {NASTY} fits no plan" in page.text
     curve = points(named(found, "learning-round"))
@@ -454,7 +455,7 @@ def test_an_older_comparison_has_a_page(collected: Table, tmp_path: Path) -> Non
         if row["seeds"]:
             del row["accuracy"]["after"]["mean_over_devices"]["values"], row["worst_class"]["values"]
     (tmp_path / "compare.json").write_text(json.dumps(collected))
-    page = alone(write(tmp_path).read_text(encoding="utf-8"))
+    page = alone(read(tmp_path).html)
     assert "good on n-2 is the most accurate within the budgets: 52.0±2.8%" in page.text
     assert "Level" not in page.text and "Settings" not in page.text
 
@@ -558,7 +559,7 @@ def test_panels_of_many_classes_are_in_several_rows(collected: Table) -> None:
 def test_a_browser_draws_the_page(name: str, tmp_path: Path) -> None:
     """Every chart has marks, no text is cut off or tiny, and the browser does not complain, wide and narrow."""
     look = runpy.run_path(str(ROOT / "scripts" / "look_at_report.py"))
-    page = write(ROOT / "records" / name, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = read(ROOT / "records" / name).html
     assert page.count("<svg") >= 4
     assert [line for width in (1200, 420) for line in look["verdict"](page, width)] == []
     emptied = re.sub(r"<(circle|polyline|rect|polygon)[^>]*>", "", page)
@@ -602,7 +603,7 @@ def test_names_that_would_command_a_terminal_are_shown_without(folder: Path, sum
     (folder / "summary.json").write_text(json.dumps(summary))
     for path in figures(read(folder), tmp_path / "figures"):
         ElementTree.parse(path)
-    assert "a\ufffd[31m\ufffd" in write(folder).read_text(encoding="utf-8")
+    assert "a\ufffd[31m\ufffd" in read(folder).html
 
 
 def test_folders_of_something_else_are_refused(tmp_path: Path, folder: Path) -> None:

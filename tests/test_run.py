@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support import Table, begin, bits, lines, memory, moved, outcome, write_world
 from transformers import GPT2LMHeadModel  # type: ignore[import-not-found, unused-ignore]
 
-from lamina import checkpoint, config, files, machine, model, run, toml
+from lamina import checkpoint, config, files, machine, model, run, saved, toml
 from lamina.errors import UserError
 from lamina.run import resume, start
 
@@ -255,7 +255,7 @@ def test_states_of_another_version_or_network_are_refused(world: Table, tmp_path
         resume(folder)
     (folder / "config.toml").write_text(text)
     path = folder / "state.safetensors"
-    path.write_bytes(path.read_bytes().replace(run.STATE_SCHEMA.encode(), b"lamina.state/9"))
+    path.write_bytes(path.read_bytes().replace(saved.SCHEMA.encode(), b"lamina.state/9"))
     with pytest.raises(UserError, match=r"has state 'lamina\.state/9'; this version reads 'lamina\.state/3'"):
         resume(folder)
 

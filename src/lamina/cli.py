@@ -338,9 +338,10 @@ def report(
     from lamina.view import View
 
     found = reports.read(folder)
-    for place in (out or folder / "report.html", *([figures / "figure.svg"] if figures else [])):
+    page = out or folder / reports.PAGE
+    for place in (page, *([figures / "figure.svg"] if figures else [])):
         files.demand_place(place)
-    page = reports.write(folder, out)
+    files.write(page, found.html)
     drawn = reports.figures(found, figures) if figures else []
     if show and not webbrowser.open(page.resolve().as_uri()):
         View(quiet=True).say(f"found no browser to show {page} in")

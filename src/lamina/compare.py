@@ -147,7 +147,7 @@ def save(folder: Path, collected: Mapping[str, Any]) -> None:
     files.write(
         folder / "compare.md", tables.page(f"{collected['name']}: methods compared", tables.comparison(collected))
     )
-    report.write(folder)
+    files.write(folder / report.PAGE, report.read(folder).html)
 
 
 def run_cell(cell: Cell, misfits: dict[str, str], play: Callable[[Run], None]) -> None:

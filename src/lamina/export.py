@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from lamina import adapter, card, checkpoint, config, files, hf, networks
+from lamina import adapter, card, checkpoint, config, files, hf, networks, saved
 from lamina.card import Exported
 from lamina.config import Experiment
 from lamina.errors import UserError, nearest
@@ -18,7 +17,6 @@ from lamina.family import labels as class_names
 from lamina.imports import copy_beside
 from lamina.job import Turn
 from lamina.spec import Spec, layout, plain
-from lamina.state import State
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -90,8 +88,7 @@ def _adapter(folder: Path, run: Path, experiment: Experiment, source: Path, spec
     adapted = experiment.method.adapt(plain(spec))
     if not adapted.lora:
         return ""
-    path = run / "state.safetensors"
-    state = State.unpack(checkpoint.read_manifest(path), load_file(path))
+    state = saved.read(run).state
     done = Turn(experiment.seed, state.round - 1, experiment.rounds)
     try:
         deployed = experiment.method.deploy(adapted, state.params, done, state.memory)

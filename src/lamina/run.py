@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import operator
 import os
 import shutil
 import time
@@ -29,10 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save
-from safetensors.torch import load_file
 
-from lamina import checkpoint, config, files, imports, networks, report, tables, toml, track
+from lamina import checkpoint, config, files, imports, networks, report, saved, tables, toml, track
 from lamina.availability import MODELS
 from lamina.config import Experiment
 from lamina.data.task import Task
@@ -50,15 +49,13 @@ from lamina.ops import HOST, Ops
 from lamina.origin import first_state
 from lamina.personal import personalise
 from lamina.placement import card, place
+from lamina.saved import Premises, Saved
 from lamina.server import DeviceRow, play_round
 from lamina.spec import Spec
 from lamina.state import State
 from lamina.turn import generator
 
-SUMMARY_SCHEMA, STATE_SCHEMA = "lamina.summary/1", "lamina.state/3"
-_LINES = ("rounds.jsonl", "devices.jsonl")
-_FREE = {"name", "workers", "track", "device", "networks", "task.path", "task.test_path", "clock.availability"}
-"""Keys of config.toml that may be edited after a stop: they change no result, or what they name is checked itself."""
+SUMMARY_SCHEMA = "lamina.summary/1"
 
 
 @dataclass(frozen=True)
@@ -224,25 +221,26 @@ class Run:
         assert self.before is not None
         now = time.perf_counter()
         self.seconds += now - tick
-        data, tensors = self.state.pack()
-        scores = {"before": self.before} | ({"after": self.after} if self.after else {})
-        tensors |= {
-            f"score:{when}": torch.from_numpy(np.stack([score.correct, score.total])) for when, score in scores.items()
-        }
-        manifest = data | {
-            "schema": STATE_SCHEMA,
-            "scores": list(scores),
-            "seconds": self.seconds,
-            "lengths": {name: _length(self.folder / name) for name in _LINES},
-            "sha256": _digest(tensors),
-            "settings": self.settings,
-            "task_sha256": self.task.digest,
-            "availability_sha256": self.outlook.availability.digest,
-        }
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        content = save(arrays, metadata={"manifest": json.dumps(manifest)})
-        files.write(self.folder / "state.safetensors", content)
+        saved.write(self.folder, Saved(self.state, self.before, self.after, self.seconds, self._premises()))
         return now
+
+    def _premises(self) -> Premises:
+        return Premises(self.settings, self.task.digest, self.outlook.availability.digest)
+
+    def go_on(self) -> None:
+        """Take up the run from the state in its folder, if one was written.
+
+        Raises:
+            UserError: It is damaged, of another version or network, or what the run began with was changed.
+        """
+        if (self.folder / saved.FILE).exists():
+            found = saved.read(self.folder)
+            found.premises.demand(self.folder, self._premises())
+            shapes = ({name: p.shape for name, p in state.params.items()} for state in (self.state, found.state))
+            if operator.ne(*shapes):
+                raise UserError(f"the state in {self.folder} is of another network than its config.toml gives")
+            self.state, self.before, self.after, self.seconds = found.state, found.before, found.after, found.seconds
+        saved.cut(self.folder)
 
     def _finish(self, tick: float) -> dict[str, Any]:
         assert self.before is not None and self.after is not None
@@ -253,7 +251,7 @@ class Run:
         summary = self.summary()
         files.write(self.folder / "report.md", tables.markdown(summary, self._coverage()))
         files.write_json(self.folder / "summary.json", summary)
-        report.write(self.folder)
+        files.write(self.folder / report.PAGE, report.read(self.folder).html)
         return summary
 
     def summary(self) -> dict[str, Any]:
@@ -312,13 +310,7 @@ def take_up(experiment: Experiment, folder: Path) -> Run:
     """
     if _seen(folder):
         return resume(folder)
-    run = _prepare(experiment)
-    try:
-        return _begin(run, folder)
-    except Exception:
-        for each in _seen(folder):
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
-        raise
+    return _begin(_prepare(experiment), folder)
 
 
 def _seen(folder: Path) -> list[Path]:
@@ -334,15 +326,8 @@ def resume(folder: Path) -> Run:
             begin.
     """
     demand_unfinished(folder)
-    path = folder / "state.safetensors"
-    manifest = checkpoint.read_manifest(path) if path.exists() else None
     run = planned(folder)
-    if manifest:
-        _restore(run, manifest)
-    for name in _LINES:
-        _cut(folder / name, manifest["lengths"][name] if manifest else 0)
-    for left_over in folder.glob(".state.safetensors.*"):
-        left_over.unlink()
+    run.go_on()
     run.told = track.Trackers(run.experiment.track, folder, run.experiment.to_table())
     return run
 
@@ -354,7 +339,7 @@ def planned(folder: Path) -> Run:
         UserError: Its config.toml cannot be used.
     """
     run = _prepare(config.load_experiment(folder / "config.toml"))
-    run.folder, run.settings = folder, _settings(folder)
+    run.folder, run.settings = folder, saved.settings(folder)
     return run
 
 
@@ -396,12 +381,17 @@ def _prepare(experiment: Experiment) -> Run:
 
 
 def _begin(run: Run, folder: Path) -> Run:
-    """Write what there is of a run before its first round, and tell the trackers of it."""
+    """Write what there is of a run before its first round, and tell the trackers; on an error the folder is emptied."""
     run.folder = folder
-    files.write(folder / "config.toml", toml.dump(_anchored(run.experiment).to_table()))
-    files.write_json(folder / "env.json", environment() | {"card": card(run.device)})
-    run.settings = _settings(folder)
-    run.told = track.Trackers(run.experiment.track, folder, run.experiment.to_table())
+    try:
+        files.write(folder / "config.toml", toml.dump(_anchored(run.experiment).to_table()))
+        files.write_json(folder / "env.json", environment() | {"card": card(run.device)})
+        run.settings = saved.settings(folder)
+        run.told = track.Trackers(run.experiment.track, folder, run.experiment.to_table())
+    except Exception:
+        for each in _seen(folder):
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+        raise
     return run
 
 
@@ -426,64 +416,5 @@ def unused_name(experiment: Experiment, root: Path, name: str = "") -> str:
     return next(each for each in names if not (root / each).exists())
 
 
-def _restore(run: Run, manifest: dict[str, Any]) -> None:
-    if manifest.get("schema") != STATE_SCHEMA:
-        raise UserError(f"{run.folder} has state {manifest.get('schema')!r}; this version reads {STATE_SCHEMA!r}")
-    _demand_settings(run, manifest.get("settings", run.settings))
-    if manifest["task_sha256"] != run.task.digest:
-        raise UserError(f"the data is not what it was when the run in {run.folder} was stopped")
-    if manifest["availability_sha256"] != run.outlook.availability.digest:
-        raise UserError(f"clock.availability is not what it was when the run in {run.folder} was stopped")
-    tensors = load_file(run.folder / "state.safetensors")
-    names = {*manifest["tensors"], *(f"score:{when}" for when in manifest["scores"])}
-    if tensors.keys() ^ names or _digest(tensors) != manifest["sha256"]:
-        raise UserError(f"the state in {run.folder} is damaged: its tensors are not those that were written")
-    state = State.unpack(manifest, tensors)
-    if {n: p.shape for n, p in state.params.items()} != {n: p.shape for n, p in run.state.params.items()}:
-        raise UserError(f"the state in {run.folder} is of another network than its config.toml gives")
-    run.state = state
-    scores = {when: Score(*tensors[f"score:{when}"].numpy()) for when in manifest["scores"]}
-    run.before, run.after = scores["before"], scores.get("after")
-    run.seconds = manifest["seconds"]
-
-
-def _settings(folder: Path) -> dict[str, str]:
-    """What config.toml sets but for `_FREE`, as JSON; without defaults, which another version may have more of."""
-    found = toml.flat(toml.read(folder / "config.toml"))
-    return {key: json.dumps(value, default=str) for key, value in found if key not in _FREE}
-
-
-def _demand_settings(run: Run, begun: dict[str, str]) -> None:
-    """Refuse a run whose config.toml is not what it began with.
-
-    Raises:
-        UserError: Naming what was changed.
-    """
-    keys = sorted(key for key in begun.keys() | run.settings.keys() if begun.get(key) != run.settings.get(key))
-    if keys:
-        changes = [f"{key} was {begun.get(key, 'not set')}, is {run.settings.get(key, 'not set')}" for key in keys]
-        path = run.folder / "config.toml"
-        raise UserError(
-            f"{path} was edited after the run had begun: {'; '.join(changes)}; put it back to go on with the run, or"
-            f" begin another with: lamina run {path}"
-        )
-
-
 def _accuracies(before: Score, after: Score) -> dict[str, dict[str, float]]:
     return {"before": before.accuracy(), "after": after.accuracy()}
-
-
-def _length(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _cut(path: Path, length: int) -> None:
-    """Drop what was appended after the state was written."""
-    if _length(path) < length:
-        raise UserError(f"{path} has {_length(path)} bytes, fewer than the {length} that the state of the run counts")
-    if path.exists():
-        os.truncate(path, length)
-
-
-def _digest(params: Params) -> str:
-    return files.digest(b"".join(params[name].numpy().tobytes() for name in sorted(params)))

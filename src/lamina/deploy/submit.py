@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lamina import checkpoint, config, files, toml
+from lamina import config, files, saved, toml
 from lamina.deploy import processes
 from lamina.deploy.kit import Kit
 from lamina.deployed import real
@@ -71,7 +71,7 @@ def play(kit: Kit, settings: Mapping[str, str], folder: Path, view: View) -> tup
         UserError: The run did not finish, and why.
         KeyboardInterrupt: It was stopped, on the server too.
     """
-    done = lengths(folder)
+    done = saved.lengths(folder)
     with submitted(kit, settings) as there:
         while not (folder / "config.toml").exists():
             if not there.going():
@@ -93,24 +93,17 @@ def _follow(there: Submitted, committed: Committed, on_round: OnRound) -> dict[s
     return summary
 
 
-def lengths(folder: Path) -> dict[str, int]:
-    """Bytes of the files of lines in a run folder that belong to rounds that are over."""
-    path = folder / "state.safetensors"
-    found = checkpoint.read_manifest(path)["lengths"] if path.exists() else {}
-    return {name: found.get(name, 0) for name in ("rounds.jsonl", "devices.jsonl")}
-
-
 class Committed:
     """The rounds of a run that another process plays, read from its folder once their state is written."""
 
     def __init__(self, run: Run, done: dict[str, int]) -> None:
-        """Begin after the rounds that are in `done`: see `lengths`."""
+        """Begin after the rounds that are in `done`: see `saved.lengths`."""
         self.folder, self._groups = run.folder, [group.name for group in run.outlook.groups]
         self._read = done
 
     def tell(self, on_round: OnRound) -> None:
         """Pass on those that are new since the last call."""
-        before, self._read = self._read, lengths(self.folder)
+        before, self._read = self._read, saved.lengths(self.folder)
         if before == self._read:
             return
         rounds, devices = (self._between(name, before[name], end) for name, end in self._read.items())

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lamina.report.page import Report, figures, read, write
+from lamina.report.page import PAGE, Report, figures, read
 
-__all__ = ["Report", "figures", "read", "write"]
+__all__ = ["PAGE", "Report", "figures", "read"]

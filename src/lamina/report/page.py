@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lamina.table import Table, printable
 Row = Mapping[str, Any]
 _ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration)
 """What comes of files that are JSON, but not what a run writes."""
-MEASURED = "plan-measured.json"
+PAGE, MEASURED = "report.html", "plan-measured.json"
 _NOBODY = "Nobody: every class has a plan, and every update counted."
 _STYLE = "".join((Path(__file__).parent / name).read_text("utf-8") for name in ("chart.css", "dark.css", "page.css"))
 
@@ -58,6 +59,7 @@ class Report:
         """All of them."""
         return [chart for section in self.sections for chart in section.charts]
 
+    @cached_property
     def html(self) -> str:
         """The page."""
         body = "".join(map(_section, self.sections))
@@ -86,7 +88,7 @@ def read(folder: Path) -> Report:
         if (folder / name).is_file():
             try:
                 made = make(folder, _json(folder / name))
-                made.html()  # finds what is not text
+                made.html.encode()  # finds what is not text
                 return made
             except _ODD as error:
                 reason = f"{type(error).__name__} {error}"
@@ -96,17 +98,6 @@ def read(folder: Path) -> Report:
     if (folder / "config.toml").is_file():
         raise UserError(f"the run in {folder} is not finished: `lamina run --resume {folder}` goes on with it")
     raise UserError(f"{folder} has no summary.json, as a finished run has, and no compare.json, as a comparison has")
-
-
-def write(folder: Path, out: Path | None = None) -> Path:
-    """Make the page of a folder, by default report.html in it; returns where it is.
-
-    Raises:
-        UserError: As `read`.
-    """
-    path = out or folder / "report.html"
-    files.write(path, read(folder).html())
-    return path
 
 
 def figures(report: Report, folder: Path) -> list[Path]:

@@ -223,13 +223,14 @@ def main() -> None:
     parser.add_argument("settings", nargs="+", choices=list(settings("shakespeare")))
     parser.add_argument("--data", default="data", help="folder of the folders cifar10 and cifar100")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--rates-from", default=None, help="task whose tuning counts; by default the task itself")
+    parser.add_argument("--rates-from", metavar="TASK", help="whose tunings count where the task has none of its own")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the task")
     parser.add_argument("--dry", action="store_true", help="write the files only")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     for setting in given.settings:
-        tunings = [folder / (given.rates_from or given.task) for folder in (given.out, RECORDS)]
+        tasks = [given.task, *([given.rates_from] if given.rates_from else [])]
+        tunings = [folder / task for task in tasks for folder in (given.out, RECORDS)]
         file = given.out / f"{given.task}-{setting}.toml"
         table = comparison(given.task, setting, tunings, given.data)
         if given.seeds:
